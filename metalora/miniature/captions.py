@@ -1,0 +1,104 @@
+"""What a picture of the portrait world shows, said in words.
+
+A caption names a random part of what can be seen and nothing else, so that a prompt may leave things open and a model
+learns to fill them in. Words are few and whole: each is one token of the miniature's tokenizers.
+"""
+
+import random
+
+HAIR_WORDS = ("bald", "buzz-cut", "short", "side-parted", "swept-back", "curly", "afro", "chin-length", "fringed",
+              "long", "wavy", "tied-up")
+HAIR_COLOURS = ("black", "brown", "blond", "red", "grey", "white")
+CLOTH_COLOURS = ("red", "blue", "green", "yellow", "white", "black", "grey", "purple", "orange", "pink")
+TOPS = {"t-shirt": "t-shirt", "turtleneck": "turtleneck", "v-neck": "v-neck sweater", "striped": "striped shirt",
+        "suit": "suit"}
+HATS = {"beanie": "beanie", "cap": "cap"}
+EXPRESSIONS = {"neutral": ("with a neutral expression", "with a calm face"), "smile": ("smiling", "with a smile"),
+               "laugh": ("laughing", "laughing out loud"), "surprised": ("looking surprised", "with a surprised look"),
+               "angry": ("looking angry", "with an angry face"), "sad": ("looking sad", "with a sad face")}
+BACKGROUNDS = {"grey": ("in front of a grey wall", "on a grey background"),
+               "blue": ("in front of a blue wall", "on a blue background"),
+               "beige": ("in front of a beige wall", "on a beige background"),
+               "park": ("in a green park", "in a park"), "office": ("in an office", "by an office window"),
+               "night": ("in the city at night", "with city lights behind"),
+               "sunset": ("at sunset", "under a sunset sky"), "brick": ("in front of a brick wall", "by a brick wall")}
+TURNS = {"left": "looking left", "right": "looking right"}
+OPENINGS = ("a photo of", "a portrait of", "a picture of")
+AGES = ("young", "middle-aged", "old")
+SKINS = ("fair", "light", "tan", "brown", "dark")
+BEARDS = {"stubble": "stubble", "moustache": "a moustache", "short": "a short beard", "full": "a full beard"}
+TRIGGER = "sks"
+
+
+def _article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _subject(a: dict, rng: random.Random, detail: float) -> str:
+    words = [a["age"]] if a["age"] and rng.random() < detail else []
+    subject = _article(" ".join(words + [a["sex"]]))
+    features = []
+    if a["hair"] and rng.random() < detail:
+        colour = [a["hair_colour"]] if a["hair_colour"] and rng.random() < 0.8 else []
+        features.append(" ".join(([] if colour and rng.random() < 0.3 else [a["hair"]]) + colour + ["hair"])
+                        if a["hair"] != "bald" else "a bald head")
+    if a["skin"] and rng.random() < detail * 0.7:
+        features.append(f"{a['skin']} skin")
+    if a["beard"] and rng.random() < detail:
+        features.append(BEARDS[a["beard"]])
+    rng.shuffle(features)
+    return subject + (" with " + " and ".join(features) if features else "")
+
+
+def _worn(a: dict, rng: random.Random) -> str:
+    worn = []
+    if a["hat"] and rng.random() < 0.95:
+        worn.append(_article(f"{a['hat_colour']} {HATS[a['hat']]}"))
+    if a["glasses"] and rng.random() < 0.9:
+        worn.append("glasses")
+    if a["top"] and rng.random() < 0.75:
+        worn.append(_article(f"{a['top_colour']} {TOPS[a['top']]}"))
+    rng.shuffle(worn)
+    return (rng.choice(("wearing", "in")) + " " + " and ".join(worn)) if worn else ""
+
+
+def caption(attributes: dict, rng: random.Random, person: str | None = None) -> str:
+    """A caption of one picture, at most 30 words.
+
+    `attributes` is the flat record that the renderer writes beside a picture; a value of None means "cannot be seen".
+    With `person` (for instance "sks woman") the looks of the person go unnamed and that phrase stands for them.
+    """
+    a = attributes
+    subject = person if person is not None else _subject(a, rng, detail=rng.choice((0.0, 0.5, 0.8)))
+    parts = [f"{rng.choice(OPENINGS)} {subject}"]
+    rest = [_worn(a, rng)]
+    if a["expression"] and rng.random() < 0.75:
+        rest.append(rng.choice(EXPRESSIONS[a["expression"]]))
+    if a["turn"] and rng.random() < 0.6:
+        rest.append(TURNS[a["turn"]])
+    if rng.random() < 0.85:
+        rest.append(rng.choice(BACKGROUNDS[a["background"]]))
+    rng.shuffle(rest)
+    return ", ".join(parts + [p for p in rest if p])
+
+
+def mirrored(text: str) -> str:
+    """The caption of the picture seen in a mirror: left and right change places."""
+    swap = {"left": "right", "right": "left"}
+    return " ".join(swap.get(word.strip(","), word.strip(",")) + ("," if word.endswith(",") else "")
+                    for word in text.split(" "))
+
+
+def vocabulary() -> list[str]:
+    """All words that captions and sample prompts are made of, sorted; the miniature's tokenizers know exactly these."""
+    phrases = [*HAIR_WORDS, *HAIR_COLOURS, *CLOTH_COLOURS, *TOPS.values(), *HATS.values(), *TURNS.values(), *OPENINGS,
+               *AGES, *SKINS, *BEARDS.values(), TRIGGER, "a an and in with wearing hair skin head face glasses ,",
+               "woman man person of the at on by his her hat photo picture portrait"]
+    phrases += [p for group in (*EXPRESSIONS.values(), *BACKGROUNDS.values()) for p in group]
+    return sorted({word for phrase in phrases for word in phrase.split()})
+
+
+def caption_phrases() -> list[list[str]]:
+    """Groups of phrases for what is not the person, by which a photo is described for adaptation."""
+    worn = [f"wearing {_article(f'{c} {t}')}" for t in (*TOPS.values(), *HATS.values()) for c in CLOTH_COLOURS]
+    return [worn, [p[0] for p in EXPRESSIONS.values()], [p[0] for p in BACKGROUNDS.values()]]
