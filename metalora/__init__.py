@@ -1,0 +1,26 @@
+"""Meta-LoRA: a personal image model from one photo of a face.
+
+The names below load on first use, so that ``import metalora`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import Cancelled, MetaLoraError
+
+if TYPE_CHECKING:
+    from .identity import Identity
+    from .personalizer import Personalizer
+    from .train import StepReport
+
+__version__ = "0.1.0"
+__all__ = ["Cancelled", "Identity", "MetaLoraError", "Personalizer", "StepReport"]
+_HOMES = {"Identity": "identity", "Personalizer": "personalizer", "StepReport": "train"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'metalora' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

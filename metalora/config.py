@@ -1,0 +1,139 @@
+"""Every setting and its default in one place, as frozen dataclasses.
+
+The defaults are those of FLUX.1-dev. A base model may carry a ``metalora.json`` beside its ``model_index.json`` that
+replaces any of them; nothing else in the package knows one base from another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import MetaLoraError
+
+FORMAT_VERSION = 1
+DEFAULT_BASE = "miniature"
+SETTINGS_FILE = "metalora.json"
+# Attention and feed-forward layers of every block. Anchored on the blocks: the bare suffix `proj_out` would also hit the final layer.
+BLOCK_LINEARS = r"^(single_)?transformer_blocks\.\d+\.(attn|ff|ff_context|proj_mlp|proj_out)\b"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Shape of the three-factor adapter  y = W x + scale · Up · Mid · Down · x."""
+
+    rank: int = 1  # r, of Mid and Up
+    meta_rank: int = 16  # r_m, of Meta-Down
+    scale: float = 1.0  # s
+    targets: str = BLOCK_LINEARS  # regular expression; the linear layers it finds are adapted
+    mid_start: str = "random"  # "random": normal, variance 1/r_m; "identity": the first r rows of Meta-Down
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """How noise levels are drawn while training."""
+
+    logit_mean: float = 0.0  # positive means less noise: the draw indexes descending timesteps
+    logit_std: float = 1.0
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Stage 2: one person, one photo or a few."""
+
+    steps: int = 375
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    batch_size: int = 1
+    crops: int = 8  # different crops round the face, each also mirrored
+    margin: tuple[float, float] = (0.6, 1.6)  # least and most room round the face box, in face heights
+    warmup_steps: int = 10  # of the learning rate
+    max_grad_norm: float = 1.0
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """Stage 1: many subjects, once per domain."""
+
+    rounds: int = 60  # buckets to go through
+    bucket_size: int = 16  # subjects resident at a time
+    bucket_steps: int = 200  # steps on one bucket, warm-up included
+    warmup_steps: int = 60  # of them, steps with Down held
+    batch_size: int = 4
+    learning_rate: float = 1e-3  # of Mid and Up
+    down_learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    checkpoint_every: int = 1  # buckets
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """What a base model wants to be used with; read from its metalora.json."""
+
+    name: str = ""
+    resolution: int = 1024  # px, width and height of generated pictures
+    train_resolution: int = 512  # px; the same as resolution when only that is given
+    inference_steps: int = 28
+    guidance: float = 3.5
+    train_guidance: float = 1.0
+    max_sequence_length: int = 512
+    trigger: str = "sks"
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    face_pack: str = "buffalo_l"  # folder, or a name that InsightFace knows
+    clip: str = "openai/clip-vit-large-patch14"
+    det_size: int = 640
+    caption_phrases: tuple[tuple[str, ...], ...] = ()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> BaseSettings:
+        """Settings of the base in `folder`; relative paths in its metalora.json start there.
+
+        Raises MetaLoraError for a file that is not JSON or names a setting that does not exist.
+        """
+        path = Path(folder) / SETTINGS_FILE
+        if not path.is_file():
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise MetaLoraError(f"{path} is not valid JSON ({error}); mend or remove it.") from error
+        if not isinstance(values, dict):
+            raise MetaLoraError(f"{path} must hold one JSON object; mend or remove it.")
+        if "resolution" in values:
+            values.setdefault("train_resolution", values["resolution"])
+        for key in ("face_pack", "clip"):
+            local = Path(folder) / str(values.get(key, ""))
+            if values.get(key) and local.is_dir():
+                values[key] = str(local.resolve())
+        return overlay(cls(), values, str(path))
+
+
+def overlay(config: Any, values: Mapping[str, Any], where: str = "the settings") -> Any:
+    """`config` with `values` laid over it, nested dataclasses too; a name that does not exist is a MetaLoraError."""
+    known = {f.name for f in fields(config)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise MetaLoraError(f"{where} has no setting named {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+    return replace(config, **{k: _convert(getattr(config, k), v, f"{k} in {where}") for k, v in values.items()})
+
+
+def _convert(old: Any, new: Any, where: str) -> Any:
+    if is_dataclass(old) and isinstance(new, Mapping):
+        return overlay(old, new, where)
+    if isinstance(old, tuple) and isinstance(new, list):
+        return tuple(tuple(item) if isinstance(item, list) else item for item in new)
+    if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
+        return float(new)
+    if type(old) is not type(new):
+        raise MetaLoraError(f"{where} must be a {type(old).__name__}, not {new!r}.")
+    return new
