@@ -1,0 +1,97 @@
+"""Stage 2: one new person from one photo or a few. Meta-Down stays as it is; Mid and Up of the person are trained."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .adapter import Adapter, attach
+from .base import Base
+from .cache import TrainingSet
+from .config import AdaptConfig
+from .identity import Identity, make_identity
+from .metadown import MetaDown
+from .train import Clock, StepReport, fit, optimizer, warmup
+
+Preview = Callable[[], Image.Image]
+
+
+def crops(image: Image.Image, box: Sequence[float], size: int, config: AdaptConfig, seed: int = 0) -> list[Image.Image]:
+    """Square crops round the face at `box` (left, top, right, bottom, px), `size` px wide, each also mirrored.
+
+    The first is the largest square that holds the face; the others leave between margin[0] and margin[1] face heights of
+    room in all and put the face at different places. Every crop lies inside the picture and holds the whole face, as far
+    as the picture is large enough. [paper: crops and flips; the ranges are ours]
+    """
+    rng = random.Random(seed)
+    face = max(box[2] - box[0], box[3] - box[1])
+    most = min(image.size)
+    squares = [_square(image.size, box, most, 0.5, 0.5)]
+    for i in range(config.crops - 1):
+        along = (i + rng.random()) / (config.crops - 1)  # spread evenly between tight and wide
+        side = face * (1 + config.margin[0] + along * (config.margin[1] - config.margin[0]))
+        squares.append(_square(image.size, box, min(most, side), rng.random(), rng.random()))
+    upright = [image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, box=square) for square in squares]
+    return upright + [ImageOps.mirror(crop) for crop in upright]
+
+
+def _square(picture: tuple[int, int], box: Sequence[float], side: float, x: float, y: float) -> tuple[float, float, float, float]:
+    """A square that holds the box with the share x, y of the spare room left of and above it, moved into the picture."""
+    left = min(max(box[0] - x * (side - (box[2] - box[0])), 0.0), picture[0] - side)
+    top = min(max(box[1] - y * (side - (box[3] - box[1])), 0.0), picture[1] - side)
+    return left, top, left + side, top + side
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size → (n, 3, height, width) in [-1, 1]."""
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def adapt(
+    base: Base,
+    meta_down: MetaDown,
+    data: TrainingSet,
+    config: AdaptConfig,
+    *,
+    preview: Preview | None = None,
+    preview_every: int = 0,
+) -> Generator[StepReport, None, Identity]:
+    """Train one person on the encoded crops `data`; yields a report a step and returns the identity.
+
+    Stopping early (close the generator, or throw into it) leaves the base as it was and keeps nothing. `preview` is called
+    while the adapter is attached, every `preview_every` steps and after the last.
+    """
+    meta_down.check_base(base.name, base.fingerprint)
+    generator = torch.Generator().manual_seed(config.seed)
+    with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter, base.resident("transformer"):
+        adapter.start(generator)
+        clock = Clock(config.steps)
+        for loss in fit_person(base, adapter, data, config, generator):
+            due = preview is not None and preview_every > 0 and ((clock.done + 1) % preview_every == 0 or clock.done + 1 == config.steps)
+            yield clock.tick(loss, preview() if preview and due else None)
+        factors = adapter.factors()
+    noun, trigger = meta_down.domain, base.settings.trigger
+    return make_identity(factors, meta_down, noun=noun, trigger=trigger, steps=config.steps, seed=config.seed)
+
+
+def fit_person(base: Base, adapter: Adapter, data: TrainingSet, config: AdaptConfig, generator: torch.Generator):
+    """The steps of one person on an attached adapter of any kind, the plain LoRA of the baseline too; yields losses."""
+    parameters = [p for p in [*adapter.heads(), *adapter.downs()] if p.requires_grad]
+    return fit(
+        base,
+        adapter,
+        data.to(base.device, base.dtype),
+        [optimizer(parameters, config.learning_rate, config.weight_decay)],
+        steps=config.steps,
+        batch_size=config.batch_size,
+        generator=generator,
+        flow_config=config.flow,
+        max_grad_norm=config.max_grad_norm,
+        rate=warmup(config.warmup_steps),
+    )

@@ -1,0 +1,205 @@
+"""The three-factor adapter of Meta-LoRA (arXiv 2503.22352) on the linear layers of a transformer.
+
+    y = W x + s · Up · Mid · Down · x        Down (r_m, d_in)   Mid (r, r_m)   Up (d_out, r)
+
+One layer serves both stages. Mid and Up are stacked over identities, so that one forward pass may use another identity in
+every row of the batch (stage 1); a single identity (stage 2) takes a shorter way. Down is one for all: learnt in stage 1,
+frozen in stage 2. It is for training alone: `collapse` turns an identity into an ordinary LoRA of rank r, exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import AdapterConfig
+from .errors import MetaLoraError
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # layer name → Mid (r, r_m), Up (d_out, r)
+
+
+def collapse(mid: Tensor, up: Tensor, down: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The ordinary LoRA that equals the three factors: A = Mid·Down (r, d_in) and B = s·Up (d_out, r)."""
+    return mid @ down, scale * up
+
+
+def find_targets(transformer: nn.Module, pattern: str) -> dict[str, nn.Linear]:
+    """The linear layers whose name the regular expression finds, in the model's order.
+
+    Raises MetaLoraError where it finds none.
+    """
+    found = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear) and re.search(pattern, name)}
+    if not found:
+        raise MetaLoraError(f"The base has no linear layer that matches {pattern}; this adapter is for another kind of model.")
+    assert not any("base_layer" in name or "lora_" in name for name in found), "unload every LoRA before attaching an adapter"
+    return found
+
+
+def random_downs(transformer: nn.Module, config: AdapterConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Start values of Down for every target layer: normal with variance 1/d_in, so that Down·x is of the size of x."""
+    layers = find_targets(transformer, config.targets)
+    return {
+        name: torch.randn(config.meta_rank, layer.in_features, generator=generator) * layer.in_features**-0.5
+        for name, layer in layers.items()
+    }
+
+
+@dataclass
+class Route:
+    """Which identity each row of the coming batch uses; all layers of an adapter share one."""
+
+    rows: Tensor | None = None  # (batch,) int64; None: identity 0 for all
+
+
+class ThreeFactorLinear(nn.Module):
+    """A frozen linear layer plus the three factors. `base` is kept as it is and never written to."""
+
+    def __init__(self, base: nn.Linear, down: Tensor, count: int, config: AdapterConfig, route: Route):
+        super().__init__()
+        device = base.weight.device
+        self.base, self.route, self.scale = base, route, config.scale
+        self.down = nn.Parameter(down.to(device, torch.float32), requires_grad=False)  # (r_m, d_in)
+        self.mid = nn.Parameter(torch.zeros(count, config.rank, len(down), device=device))  # (n, r, r_m)
+        self.up = nn.Parameter(torch.zeros(count, base.out_features, config.rank, device=device))  # (n, d_out, r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        # Mid·Down first: it costs r·r_m·d_in once, where (Down x) would cost r_m·d_in for every token.
+        if self.route.rows is None:
+            a = (self.mid[0] @ self.down).to(x.dtype)
+            return y + self.scale * F.linear(F.linear(x, a), self.up[0].to(x.dtype))
+        rows = self.route.rows
+        a = (self.mid[rows] @ self.down).to(x.dtype)  # (batch, r, d_in)
+        b = self.up[rows].to(x.dtype)  # (batch, d_out, r)
+        tokens = x.reshape(len(rows), -1, x.shape[-1])  # (batch, tokens, d_in)
+        delta = torch.bmm(torch.bmm(tokens, a.transpose(1, 2)), b.transpose(1, 2))
+        return y + self.scale * delta.reshape(y.shape)
+
+
+class Adapter:
+    """The layers attached to one transformer. A context manager: leaving it detaches, and the base is as it was, bit for bit."""
+
+    def __init__(self, transformer: nn.Module, layers: dict[str, ThreeFactorLinear], config: AdapterConfig, route: Route):
+        self.transformer, self.layers, self.config = transformer, layers, config
+        self._route = route
+        self._flags = {name: p.requires_grad for name, p in transformer.named_parameters()}
+        transformer.requires_grad_(False)
+        for name, layer in layers.items():
+            transformer.set_submodule(name, layer)
+        for p in self.heads():
+            p.requires_grad_(True)
+
+    def __enter__(self) -> Adapter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    @property
+    def count(self) -> int:
+        """Number of identities resident."""
+        return len(next(iter(self.layers.values())).mid)
+
+    def heads(self) -> list[nn.Parameter]:
+        """Mid and Up of every layer."""
+        return [p for layer in self.layers.values() for p in (layer.mid, layer.up)]
+
+    def downs(self) -> list[nn.Parameter]:
+        """Down of every layer."""
+        return [layer.down for layer in self.layers.values()]
+
+    def train_down(self, on: bool) -> None:
+        """Let gradients reach Down, or hold it."""
+        for p in self.downs():
+            p.requires_grad_(on)
+
+    def use_rows(self, rows: Tensor | None) -> None:
+        """Row b of the coming batches uses identity rows[b]; None uses identity 0 for every row."""
+        self._route.rows = rows
+
+    @torch.no_grad()
+    def start(self, generator: torch.Generator) -> None:
+        """Give every identity its start values: Up zero, so that nothing changes yet; Mid as the configuration says."""
+        for layer in self.layers.values():
+            n, r, m = layer.mid.shape
+            if self.config.mid_start == "identity":
+                layer.mid.copy_(torch.eye(r, m).expand(n, r, m))
+            else:
+                layer.mid.copy_(torch.randn(n, r, m, generator=generator) * m**-0.5)
+            layer.up.zero_()
+
+    @torch.no_grad()
+    def factors(self, identity: int = 0) -> Factors:
+        """Copies, on the CPU, of Mid and Up of one identity."""
+        return {name: (_copy(layer.mid[identity]), _copy(layer.up[identity])) for name, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def load_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]], identity: int = 0) -> None:
+        """Put Mid and Up of one identity in place."""
+        for name, layer in self.layers.items():
+            mid, up = factors[name]
+            layer.mid[identity].copy_(mid)
+            layer.up[identity].copy_(up)
+
+    def down_tensors(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of Down of every layer."""
+        return {name: _copy(layer.down) for name, layer in self.layers.items()}
+
+    def lora(self, identity: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+        """The ordinary LoRA (A, B) of one identity, layer by layer."""
+        downs = self.down_tensors()
+        return {n: collapse(mid, up, downs[n], self.config.scale) for n, (mid, up) in self.factors(identity).items()}
+
+    def detach(self) -> None:
+        """Take the layers out again; the transformer is as it was. A second call does nothing."""
+        for name, layer in self.layers.items():
+            self.transformer.set_submodule(name, layer.base)
+        self.layers = {}
+        for name, p in self.transformer.named_parameters():
+            p.requires_grad_(self._flags.get(name, p.requires_grad))
+
+
+def attach(transformer: nn.Module, downs: Mapping[str, Tensor], config: AdapterConfig, count: int = 1) -> Adapter:
+    """Put the three factors on every layer that `downs` names, with `count` identities resident (Mid and Up zero: call `start`).
+
+    Raises MetaLoraError where `downs` does not fit the transformer.
+    """
+    targets = find_targets(transformer, config.targets)
+    _check_fit(targets, downs, config)
+    route = Route()
+    layers = {name: ThreeFactorLinear(base, downs[name], count, config, route) for name, base in targets.items()}
+    return Adapter(transformer, layers, config, route)
+
+
+def attach_plain(transformer: nn.Module, config: AdapterConfig, generator: torch.Generator) -> Adapter:
+    """The baseline, an ordinary LoRA of rank r: Down is its A, trainable, and Mid is the identity, held."""
+    plain = AdapterConfig(config.rank, config.rank, config.scale, config.targets, mid_start="identity")
+    adapter = attach(transformer, random_downs(transformer, plain, generator), plain)
+    adapter.start(generator)
+    adapter.train_down(True)
+    for layer in adapter.layers.values():
+        layer.mid.requires_grad_(False)
+    return adapter
+
+
+def trainable(adapter: Adapter) -> Iterator[nn.Parameter]:
+    """The parameters that gradients reach now."""
+    return (p for p in [*adapter.heads(), *adapter.downs()] if p.requires_grad)
+
+
+def _check_fit(targets: Mapping[str, nn.Linear], downs: Mapping[str, Tensor], config: AdapterConfig) -> None:
+    for name in [*targets, *downs]:
+        if name not in downs or name not in targets:
+            raise MetaLoraError(f"This Meta-Down does not fit the base: layer {name} stands in one of them only.")
+        want = (config.meta_rank, targets[name].in_features)
+        if tuple(downs[name].shape) != want:
+            raise MetaLoraError(f"This Meta-Down does not fit the base: {name} is {tuple(downs[name].shape)}, the base needs {want}.")
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()

@@ -1,0 +1,72 @@
+"""Pictures and captions → what the training steps read: latents and prompt embeddings, computed once.
+
+Latents are kept as mean and deviation, so that every step still draws its own sample, and are paired with their captions by
+picture, never by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import flow
+from .base import Base, Text
+
+CHUNK = 32  # pictures or prompts encoded at a time
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """k pictures of n subjects, encoded. Latents are packed as the transformer takes them."""
+
+    mean: Tensor  # (k, tokens, 64)
+    std: Tensor  # (k, tokens, 64)
+    image_ids: Tensor  # (tokens, 3)
+    text: Text  # of the m different captions
+    caption: Tensor  # (k,) int64, row of `text`
+    subject: Tensor  # (k,) int64 in [0, n)
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    @property
+    def subjects(self) -> int:
+        """Number of subjects, n."""
+        return int(self.subject.max()) + 1
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> TrainingSet:
+        """The same set on a device; latents stay float32, embeddings take `dtype`."""
+        text = Text(*(t.to(device, dtype) for t in self.text))
+        moved = {name: getattr(self, name).to(device) for name in ("mean", "std", "image_ids", "caption", "subject")}
+        return replace(self, text=text, **moved)
+
+    def select(self, subjects: Sequence[int]) -> TrainingSet:
+        """The pictures of these subjects only, renumbered 0, 1, … in the order given."""
+        number = torch.full((self.subjects,), -1)
+        number[torch.tensor(subjects)] = torch.arange(len(subjects))
+        kept = (number[self.subject] >= 0).nonzero().flatten()
+        captions, caption = self.caption[kept].unique(return_inverse=True)
+        return replace(
+            self, mean=self.mean[kept], std=self.std[kept], text=self.text.rows(captions), caption=caption, subject=number[self.subject[kept]]
+        )
+
+
+def encode(base: Base, images: Tensor, captions: Sequence[str], subjects: Sequence[int] | None = None) -> TrainingSet:
+    """Encode (k, 3, height, width) pictures in [-1, 1] with a caption each; all of subject 0 unless told."""
+    assert len(images) == len(captions) and len(images) > 0, "a caption for each picture"
+    moments = [base.encode_images(chunk) for chunk in images.split(CHUNK)]
+    mean, std = (torch.cat(parts) for parts in zip(*moments))
+    different = list(dict.fromkeys(captions))
+    texts = [base.encode_prompts(different[i : i + CHUNK]) for i in range(0, len(different), CHUNK)]
+    number = {caption: i for i, caption in enumerate(different)}
+    return TrainingSet(
+        mean=flow.pack(mean),
+        std=flow.pack(std),
+        image_ids=flow.image_ids(*mean.shape[2:]).to(base.device, base.dtype),
+        text=Text(*(torch.cat(parts) for parts in zip(*texts))),
+        caption=torch.tensor([number[c] for c in captions], device=base.device),
+        subject=torch.tensor(subjects if subjects is not None else [0] * len(captions), device=base.device),
+    )

@@ -1,0 +1,79 @@
+"""Reading and writing safetensors without surprises: nothing half-written, no pickle opened, every fault one sentence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+
+from .errors import MetaLoraError
+
+PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a file beside `path`, then rename it: `path` is either complete or untouched.
+
+    Raises MetaLoraError where the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        os.replace(beside, path)
+    except OSError as error:
+        raise MetaLoraError(disk_sentence(error, path)) from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def disk_sentence(error: OSError, path: Path) -> str:
+    """What to tell a user whose file could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk is full, so {path.name} was not saved; free some space and save again."
+    return f"{path} cannot be written ({error.strerror or error}); choose another place."
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a safetensors file atomically, readable by all like any other file."""
+    data = save_bytes({name: t.contiguous() for name, t in tensors.items()}, dict(metadata) if metadata else None)
+    return write_atomically(path, lambda beside: beside.write_bytes(data))
+
+
+def save_json(path: str | Path, value: Any) -> Path:
+    """Write JSON atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def load_tensors(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header metadata of a safetensors file; `what` names its kind in messages ("an identity file").
+
+    Raises MetaLoraError where there is no such file, it is a pickle (which is not opened) or it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MetaLoraError(f"There is no file {path}.")
+    _refuse_pickle(path, what)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MetaLoraError(f"{path.name} is damaged or not {what}; get it afresh.") from error
+
+
+def _refuse_pickle(path: Path, what: str) -> None:
+    with path.open("rb") as file:
+        start = file.read(2)
+    if path.suffix.lower() in PICKLE_SUFFIXES or zipfile.is_zipfile(path) or (start[:1] == b"\x80" and start[1:2] <= b"\x05"):
+        raise MetaLoraError(f"{path.name} may hold a pickle, which can run code, so it was not opened; {what} is a .safetensors file.")

@@ -1,0 +1,184 @@
+"""One person, as Mid and Up of every layer: the identity file, and its export as an ordinary LoRA."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+
+from .adapter import Factors, collapse
+from .config import FORMAT_VERSION
+from .errors import MetaLoraError
+from .files import load_tensors, save_tensors
+from .metadown import MetaDown
+
+HEADER = "metalora"  # the one key of the safetensors header, a JSON object
+ExportFormat = Literal["diffusers", "kohya"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Mid and Up of one person, and what is needed to use them. No photo, no face embedding, no file name of the user's."""
+
+    factors: Factors  # layer name → Mid (r, r_m), Up (d_out, r), float32
+    base: str
+    base_fingerprint: str
+    meta_down: str  # name of the Meta-Down
+    meta_down_sha256: str
+    rank: int
+    meta_rank: int
+    scale: float
+    domain: str
+    noun: str  # class noun: "woman"
+    trigger: str
+    steps: int
+    seed: int
+    format_version: int = FORMAT_VERSION
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the person's factors, which names this identity in pictures and adapter lists."""
+        return hashlib.sha256(save_bytes(self._tensors())).hexdigest()
+
+    def save(self, path: str | Path) -> Path:
+        """Write one .safetensors file; it is complete or absent. MetaLoraError where the disk is full."""
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise MetaLoraError(f"An identity is a .safetensors file; name it {path.with_suffix('.safetensors').name}.")
+        return save_tensors(path, self._tensors(), {HEADER: json.dumps(self._header())})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Identity:
+        """Read what `save` wrote; MetaLoraError for a pickle (not opened), a damaged file or another kind of file."""
+        tensors, metadata = load_tensors(path, "an identity file")
+        try:
+            header = json.loads(metadata[HEADER])
+            if header["format_version"] > FORMAT_VERSION:
+                raise MetaLoraError(f"{Path(path).name} was made by a newer Meta-LoRA; update this one.")
+            names = [key.removesuffix(".mid") for key in tensors if key.endswith(".mid")]
+            factors = {name: (tensors[f"{name}.mid"], tensors[f"{name}.up"]) for name in names}
+            identity = cls(factors, **header)
+            identity._check()
+        except (KeyError, TypeError, ValueError) as error:
+            raise MetaLoraError(f"{Path(path).name} is not an identity file of Meta-LoRA, or it is damaged.") from error
+        return identity
+
+    @property
+    def prompt_words(self) -> str:
+        """What stands for the person in a prompt: trigger words and class noun."""
+        return f"{self.trigger} {self.noun}"
+
+    def check(self, base: str, base_fingerprint: str) -> None:
+        """Raise MetaLoraError, with both names, where the base is another than this identity was made on."""
+        if base_fingerprint != self.base_fingerprint:
+            raise MetaLoraError(
+                f"This identity was made on the base {self.base} ({self.base_fingerprint[:8]}), but the base here is {base} "
+                f"({base_fingerprint[:8]}); open {self.base} or adapt again."
+            )
+
+    def check_meta_down(self, meta_down: MetaDown) -> None:
+        """Raise MetaLoraError, with both names, where the Meta-Down is another than this identity was made with."""
+        if meta_down.sha256 != self.meta_down_sha256:
+            raise MetaLoraError(
+                f"This identity was made with the Meta-Down {self.meta_down} ({self.meta_down_sha256[:8]}), but the one here is "
+                f"{meta_down.name} ({meta_down.sha256[:8]}); use the former or adapt again."
+            )
+
+    def to_lora(self, meta_down: MetaDown) -> dict[str, Tensor]:
+        """The ordinary LoRA of rank r under diffusers' names, the scale folded into B: exact, and needs nothing of ours."""
+        self.check_meta_down(meta_down)
+        return diffusers_names(
+            {n: collapse(mid, up, meta_down.tensors[n].float(), self.scale) for n, (mid, up) in self.factors.items()}
+        )
+
+    def export(self, path: str | Path, meta_down: MetaDown, format: ExportFormat = "diffusers") -> Path:
+        """Write the ordinary LoRA: "diffusers" names for diffusers and ComfyUI, "kohya" names for kohya and its followers."""
+        lora = self.to_lora(meta_down)
+        if format == "kohya":
+            return save_tensors(path, kohya_names(lora), {"ss_network_module": "networks.lora_flux", "ss_network_dim": str(self.rank)})
+        if format != "diffusers":
+            raise MetaLoraError(f"There is no export format {format}; choose diffusers or kohya.")
+        return save_tensors(path, lora, {"format": "pt"})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f"{n}.{part}": t.contiguous() for n, pair in self.factors.items() for part, t in zip(("mid", "up"), pair)}
+
+    def _header(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key in self.__dataclass_fields__ and key != "factors"}
+
+    def _check(self) -> None:
+        for mid, up in self.factors.values():
+            if mid.shape != (self.rank, self.meta_rank) or up.ndim != 2 or up.shape[1] != self.rank:
+                raise ValueError("a factor has another shape than the header says")
+            if not (torch.isfinite(mid).all() and torch.isfinite(up).all()):
+                raise ValueError("a factor is not finite")
+        if not self.factors:
+            raise ValueError("no layer")
+
+
+def make_identity(factors: Factors, meta_down: MetaDown, *, noun: str, trigger: str, steps: int, seed: int) -> Identity:
+    """An identity that belongs to `meta_down`."""
+    shape = meta_down.adapter
+    return Identity(
+        factors, meta_down.base, meta_down.base_fingerprint, meta_down.name, meta_down.sha256,
+        shape.rank, shape.meta_rank, shape.scale, meta_down.domain, noun, trigger, steps, seed,
+    )  # fmt: skip
+
+
+def diffusers_names(lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """(A, B) of each layer under the names that FluxPipeline.load_lora_weights reads."""
+    named = {}
+    for name, (a, b) in lora.items():
+        named[f"transformer.{name}.lora_A.weight"] = a.contiguous()
+        named[f"transformer.{name}.lora_B.weight"] = b.contiguous()
+    return named
+
+
+# Original FLUX fuses some of diffusers' layers into one: its name → theirs, in the order in which their outputs stand.
+_DOUBLE = {
+    "img_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn_qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "img_attn_proj": ["attn.to_out.0"],
+    "txt_attn_proj": ["attn.to_add_out"],
+    "img_mlp_0": ["ff.net.0.proj"],
+    "img_mlp_2": ["ff.net.2"],
+    "txt_mlp_0": ["ff_context.net.0.proj"],
+    "txt_mlp_2": ["ff_context.net.2"],
+}
+_SINGLE = {"linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"], "linear2": ["proj_out"]}
+
+
+def kohya_names(lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same LoRA under kohya's names. Fused layers become one of several times the rank, B block-diagonal: exact.
+
+    alpha is the rank, so that a program that multiplies by alpha / rank multiplies by one.
+    Raises MetaLoraError for a LoRA that adapts only some of the layers that FLUX fuses, or others than FLUX has.
+    """
+    left = dict(lora)
+    blocks = sorted({tuple(key.split(".")[1:3]) for key in lora}, key=lambda block: (block[0], int(block[1])))
+    named: dict[str, Tensor] = {}
+    for kind, index in blocks:
+        fused, short = (_DOUBLE, "double") if kind == "transformer_blocks" else (_SINGLE, "single")
+        for target, sources in fused.items():
+            keys = [f"transformer.{kind}.{index}.{source}" for source in sources]
+            if not any(f"{key}.lora_A.weight" in left for key in keys):
+                continue
+            try:
+                a = [left.pop(f"{key}.lora_A.weight") for key in keys]  # each (r, d_in)
+                b = [left.pop(f"{key}.lora_B.weight") for key in keys]  # each (d_out, r)
+            except KeyError as error:
+                raise MetaLoraError("The kohya format needs q, k and v adapted together; export as diffusers instead.") from error
+            prefix = f"lora_unet_{short}_blocks_{index}_{target}"
+            named[f"{prefix}.lora_down.weight"] = torch.cat(a)
+            named[f"{prefix}.lora_up.weight"] = torch.block_diag(*b)
+            named[f"{prefix}.alpha"] = torch.tensor(float(sum(len(x) for x in a)))
+    if left:
+        raise MetaLoraError(f"The kohya format has no name for {next(iter(left))}; export as diffusers instead.")
+    return named

@@ -1,0 +1,139 @@
+"""The training loop of both stages: FLUX's own loss on cached latents, only the transformer in the step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import flow
+from .adapter import Adapter, trainable
+from .base import Base
+from .cache import TrainingSet
+from .config import FlowConfig
+from .errors import MetaLoraError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of a training, for whoever shows it."""
+
+    step: int  # 1 … steps
+    steps: int
+    loss: float
+    steps_per_second: float
+    seconds_left: float
+    preview: Image | None = None  # a small picture of the person, every now and then
+
+
+class Clock:
+    """Turns steps into reports with the speed so far and the time left."""
+
+    def __init__(self, steps: int, done: int = 0):
+        self.steps, self.done = steps, done
+        self._before, self._start = done, time.perf_counter()
+
+    def tick(self, loss: float, preview: Image | None = None) -> StepReport:
+        """Count one step."""
+        self.done += 1
+        speed = (self.done - self._before) / max(time.perf_counter() - self._start, 1e-9)
+        return StepReport(self.done, self.steps, loss, speed, (self.steps - self.done) / speed, preview)
+
+
+def optimizer(parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW in its fused form: one call updates the many small factors."""
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+
+
+def warmup(steps: int) -> Callable[[int], float]:
+    """Learning-rate factor of step 0, 1, …: it rises linearly over `steps` steps, then stays 1."""
+    return lambda step: min(1.0, (step + 1) / max(1, steps))
+
+
+def draw_rows(data: TrainingSet, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches of picture numbers (batch,) that mix subjects: each subject once before one comes again."""
+    of_subject = [(data.subject.cpu() == s).nonzero().flatten() for s in range(data.subjects)]
+    queue: list[int] = []
+    while True:
+        while len(queue) < batch_size:
+            queue += torch.randperm(len(of_subject), generator=generator).tolist()
+        chosen, queue = queue[:batch_size], queue[batch_size:]
+        picks = [items[torch.randint(len(items), (), generator=generator)] for items in (of_subject[s] for s in chosen)]
+        yield torch.stack(picks)
+
+
+def flow_loss(base: Base, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig) -> Tensor:
+    """Rectified-flow loss of the pictures `rows` (batch,), with latent sample, noise and noise level drawn from `generator`."""
+    shape = (2, len(rows), *data.mean.shape[1:])
+    spread, noise = torch.randn(shape, generator=generator).to(data.mean.device)  # each (batch, tokens, 64)
+    sigma = flow.sample_sigmas(len(rows), generator, config).to(data.mean.device)
+    x = data.mean[rows] + data.std[rows] * spread
+    noisy = flow.interpolate(x, noise, sigma).to(base.dtype)
+    predicted = base.velocity(noisy, sigma, data.text.rows(data.caption[rows]), data.image_ids, base.settings.train_guidance)
+    return F.mse_loss(predicted.float(), flow.target(x, noise))
+
+
+def fit(
+    base: Base,
+    adapter: Adapter,
+    data: TrainingSet,
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    steps: int,
+    batch_size: int,
+    generator: torch.Generator,
+    flow_config: FlowConfig,
+    max_grad_norm: float,
+    rate: Callable[[int], float] = lambda step: 1.0,
+) -> Iterator[float]:
+    """Train the adapter's open factors for `steps` steps and yield the loss of each.
+
+    `rate` multiplies every optimiser's own learning rate. Every draw comes from `generator`, which lives on the CPU.
+    Raises MetaLoraError where the loss is no longer a number.
+    """
+    parameters = list(trainable(adapter))
+    full = [group["lr"] for o in optimizers for group in o.param_groups]
+    batches = draw_rows(data, batch_size, generator)
+    try:
+        for step in range(steps):
+            rows = next(batches).to(data.subject.device)
+            adapter.use_rows(data.subject[rows] if adapter.count > 1 else None)
+            with _repeatable(base.device):
+                loss = flow_loss(base, data, rows, generator, flow_config)
+                loss.backward()
+            value = loss.item()
+            if not math.isfinite(value):
+                raise MetaLoraError("The training went astray (the loss is not a number); lower the learning rate and start again.")
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            for group, lr in zip((g for o in optimizers for g in o.param_groups), full):
+                group["lr"] = lr * rate(step)
+            for o in optimizers:
+                o.step()
+                o.zero_grad()
+            yield value
+    finally:
+        adapter.use_rows(None)
+        for group, lr in zip((g for o in optimizers for g in o.param_groups), full):
+            group["lr"] = lr
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU, choose the kernels whose result does not change from run to run; a CPU's do not anyway."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
