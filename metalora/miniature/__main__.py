@@ -1,0 +1,79 @@
+"""`python -m metalora.miniature COMMAND`: renders the portrait world and trains the embedded miniature on it.
+
+Order: render, vae, clip, base, face-detector, face-recogniser, assemble. Each training takes a time budget, can be
+killed and started again with the same command, and leaves its files in WORK/NAME.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from metalora.miniature.pipeline import MiniatureConfig
+from metalora.miniature.training import Job
+
+TRAININGS = {"vae": ("vae", "train_vae"), "clip": ("clip", "train_clip"), "base": ("base", "train_base"),
+             "face-detector": ("detector", "train_detector"), "face-recogniser": ("recogniser", "train_recogniser")}
+MINUTES = {"vae": 10, "clip": 6, "base": 60, "face-detector": 5, "face-recogniser": 10}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m metalora.miniature", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("render", help="draw the portrait world into shards", add_help=False)
+    for name in TRAININGS:
+        command = commands.add_parser(name, help=f"train: {name}")
+        command.add_argument("--data", type=Path, action="append", required=True, help="folder of shards; repeatable")
+        command.add_argument("--work", type=Path, required=True, help="folder for checkpoints and results")
+        command.add_argument("--minutes", type=float, default=MINUTES[name], help="time budget (%(default)s)")
+        command.add_argument("--steps", type=int, help="a budget of steps instead")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--threads", type=int, default=2)
+        command.add_argument("--learning-rate", type=float)
+        command.add_argument("--batch-size", type=int)
+        command.add_argument("--config", type=json.loads, default={}, metavar="JSON",
+                             help='sizes other than the default, such as \'{"heads": 8}\'')
+        if name == "base":
+            command.add_argument("--distill-guidance", action="store_true",
+                                 help="second phase: learn the guided output of the first phase's model")
+    command = commands.add_parser("assemble", help="put the trained parts together as assets")
+    command.add_argument("--work", type=Path, required=True)
+    command.add_argument("--output", type=Path, default=Path("assets"))
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> dict:
+    import importlib  # a training imports only what it needs
+
+    torch.set_num_threads(arguments.threads)
+    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.config.items()}
+    job = Job(data=tuple(arguments.data), work=arguments.work, minutes=arguments.minutes, seed=arguments.seed,
+              threads=arguments.threads, steps=arguments.steps, learning_rate=arguments.learning_rate,
+              batch_size=arguments.batch_size, model=MiniatureConfig(**sizes))
+    module, function = TRAININGS[arguments.command]
+    train = getattr(importlib.import_module(f"metalora.miniature.{module}"), function)
+    more = {"distill": True} if getattr(arguments, "distill_guidance", False) else {}
+    return train(job, **more)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command; what it found is printed as one JSON object."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["render"]:
+        from metalora.miniature import render
+
+        return render.main(argv[1:])
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "assemble":
+        from metalora.miniature.assemble import assemble
+
+        return assemble(arguments.work, arguments.output)
+    print(json.dumps(_train(arguments)))
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Pictures of the portrait world as the renderer wrote them, in memory."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+HELD_OUT = 1_000_000  # seeds of people from here on are for evaluation only
+VALIDATION_EVERY = 25  # of the people before, each 25th is kept out of training to watch it
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """Pictures and what is known of them.
+
+    Args:
+        images: (n, 3, size, size) uint8.
+        records: n records as the renderer writes them: person, domain, scene, box, keypoints, attributes.
+    """
+
+    images: torch.Tensor
+    records: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def persons(self) -> torch.Tensor:
+        return torch.tensor([record["person"] for record in self.records])  # (n,)
+
+    @property
+    def boxes(self) -> torch.Tensor:
+        return torch.tensor([record["box"] for record in self.records], dtype=torch.float32)  # (n, 4) px
+
+    @property
+    def keypoints(self) -> torch.Tensor:
+        return torch.tensor([record["keypoints"] for record in self.records], dtype=torch.float32)  # (n, 5, 2) px
+
+    def select(self, mask: torch.Tensor) -> "Shards":
+        """The pictures for which `mask` (n,) holds."""
+        keep = mask.nonzero().flatten()
+        return Shards(self.images[keep], [self.records[i] for i in keep.tolist()])
+
+    def split(self) -> tuple["Shards", "Shards"]:
+        """Training and validation pictures; no person is in both, and held-out people are never in the first.
+
+        Raises:
+            ValueError: one of the two would be empty.
+        """
+        persons = self.persons
+        validation = (persons >= HELD_OUT) | (persons % VALIDATION_EVERY == VALIDATION_EVERY - 1)
+        if validation.all() or not validation.any():
+            raise ValueError(f"{persons.unique().numel()} people are too few to train and validate on; render people "
+                             f"0:{2 * VALIDATION_EVERY} or more")
+        return self.select(~validation), self.select(validation)
+
+
+def load_shards(*folders: Path) -> Shards:
+    """Reads all part-*.safetensors and the part-*.jsonl beside them.
+
+    Raises:
+        ValueError: a folder has no parts, or a part's pictures and lines differ in number.
+    """
+    parts = [part for folder in folders for part in sorted(Path(folder).glob("part-*.safetensors"))]
+    if not parts:
+        raise ValueError(f"no part-*.safetensors in {', '.join(map(str, folders))}; run the render command first")
+    images, records = [], []
+    for part in parts:
+        with safe_open(part, "pt") as file:
+            images.append(file.get_tensor("images"))
+        lines = [json.loads(line) for line in part.with_suffix(".jsonl").read_text().splitlines()]
+        if len(lines) != len(images[-1]):
+            raise ValueError(f"{part} has {len(images[-1])} pictures and {len(lines)} lines; render it again")
+        records += lines
+    return Shards(torch.cat(images), records)

@@ -1,0 +1,254 @@
+"""The one training loop of all the small models: a wall-clock budget, moving averages, and exact resumption."""
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from metalora.miniature.pipeline import MiniatureConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of one run.
+
+    Args:
+        minutes: time to train for; the learning rate is annealed over it. Time before a restart counts.
+        steps: if set, the budget is this many steps instead, and a run is the same each time.
+        anneal_from: share of the budget after which the rate falls to zero along a cosine; 0 is a plain cosine,
+            1 a constant rate.
+        ema: decay of the moving average of the weights, which is what a training returns.
+        save_every: seconds between checkpoints.
+    """
+
+    learning_rate: float
+    batch_size: int
+    minutes: float = 10.0
+    steps: int | None = None
+    warmup_steps: int = 100
+    anneal_from: float = 0.0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip_norm: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    save_every: float = 60.0
+    print_every: float = 5.0
+    tasks_every: float = 180.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What every training is told on the command line.
+
+    Args:
+        data: folders of rendered shards.
+        work: folder outside the source tree; a training called NAME keeps all its files in work/NAME.
+        model: sizes of the miniature, the same for all trainings of one work folder.
+        learning_rate, batch_size: replace a training's own choice where they are not None.
+    """
+
+    data: tuple[Path, ...]
+    work: Path
+    minutes: float
+    seed: int = 0
+    threads: int = 1
+    steps: int | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    model: MiniatureConfig = MiniatureConfig()
+
+    def training(self, **defaults: Any) -> TrainingConfig:
+        """The run's settings: the training's defaults under what the command line says."""
+        asked = {"learning_rate": self.learning_rate, "batch_size": self.batch_size}
+        defaults |= {name: value for name, value in asked.items() if value is not None}
+        return TrainingConfig(minutes=self.minutes, steps=self.steps, seed=self.seed, **defaults)
+
+    def figures(self, result: "TrainingResult", config: TrainingConfig) -> dict[str, Any]:
+        """The part of a result.json that is the same for all trainings."""
+        return {"command": _command_line(sys.argv[1:]), "seed": self.seed,
+                "training": dataclasses.asdict(config), "model": dataclasses.asdict(self.model),
+                "steps": result.steps, "samples": result.samples, "minutes": round(result.seconds / 60, 1),
+                "loss": round(result.loss, 5), "torch": torch.__version__}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """What a run took: optimizer steps, samples seen, seconds (over all restarts), the last smoothed loss."""
+
+    steps: int
+    samples: int
+    seconds: float
+    loss: float
+
+
+def _command_line(arguments: list[str]) -> str:
+    """The command as a model card shows it: with names for the folders of the machine that ran it."""
+    names = {"--data": "DATA", "--work": "WORK"}
+    shown = [names.get(before, argument) for before, argument in zip(["", *arguments], arguments, strict=False)]
+    return shlex.join(["python", "-m", "metalora.miniature", *shown])
+
+
+class Averages:
+    """Exponential moving average of parameters, short at first so that the random start is soon forgotten."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float):
+        self.parameters, self.decay = parameters, decay
+        self.values = [parameter.detach().clone() for parameter in parameters]
+
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.values, [parameter.detach() for parameter in self.parameters], 1 - decay)
+
+    def swap(self) -> None:
+        """Exchanges averages and weights; twice restores."""
+        with torch.no_grad():
+            for value, parameter in zip(self.values, self.parameters, strict=True):
+                kept = parameter.clone()
+                parameter.copy_(value)
+                value.copy_(kept)
+
+
+class Trainer:
+    """Trains a module on `loss(generator) -> scalar` until the budget is used up.
+
+    Each step draws its batch with the generator, whose state is in the checkpoint with weights, averages, optimizer
+    and counts: a killed run goes on as if nothing had happened.
+
+    Args:
+        name: shown in the progress lines; the checkpoint is `folder`/checkpoint.pt.
+        module: holds all weights that train.
+    """
+
+    def __init__(self, name: str, module: nn.Module, folder: Path, config: TrainingConfig):
+        self.name, self.module, self.folder, self.config = name, module, Path(folder), config
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        matrices = [p for p in parameters if p.ndim > 1]
+        groups = [{"params": matrices}, {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True,
+                                           weight_decay=config.weight_decay)
+        self.parameters = parameters
+        self.averages = Averages(parameters, config.ema)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.step, self.seconds, self.loss = 0, 0.0, math.nan
+        self._resume()
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget used, 0 to 1 and over."""
+        if self.config.steps is not None:
+            return self.step / self.config.steps
+        return self.seconds / (60 * self.config.minutes)
+
+    def learning_rate(self) -> float:
+        falling = (self.progress - self.config.anneal_from) / max(1 - self.config.anneal_from, 1e-9)
+        anneal = 0.5 * (1 + math.cos(math.pi * min(max(falling, 0.0), 1.0)))
+        return self.config.learning_rate * anneal * min(1.0, (self.step + 1) / max(self.config.warmup_steps, 1))
+
+    def run(self, loss: Callable[[torch.Generator], torch.Tensor],
+            watch: Callable[["Trainer"], None] | None = None) -> TrainingResult:
+        """Trains to the end of the budget and leaves the averaged weights in the module.
+
+        `watch` is called every `tasks_every` seconds with the averaged weights in place, for figures and previews.
+        """
+        torch.set_flush_denormal(True)
+        self.module.train()
+        begun = printed = saved = watched = time.monotonic()
+        printed_step, before = self.step, self.seconds
+        while self.progress < 1:
+            self._train_step(loss)
+            now = time.monotonic()
+            self.seconds = before + now - begun
+            if now - printed > self.config.print_every:
+                self._print((self.step - printed_step) * self.config.batch_size / (now - printed))
+                printed, printed_step = now, self.step
+            if now - saved > self.config.save_every:
+                self.save()
+                saved = time.monotonic()
+            if watch is not None and now - watched > self.config.tasks_every:
+                self.watch(watch)
+                watched = time.monotonic()
+        self.save()
+        self.averages.swap()
+        self.module.eval()
+        return TrainingResult(self.step, self.step * self.config.batch_size, self.seconds, self.loss)
+
+    def watch(self, watch: Callable[["Trainer"], None]) -> None:
+        self.averages.swap()
+        self.module.eval()
+        with torch.no_grad():
+            watch(self)
+        self.module.train()
+        self.averages.swap()
+
+    def _train_step(self, loss: Callable[[torch.Generator], torch.Tensor]) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        value = loss(self.generator)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.averages.update(self.step)
+        number = value.item()
+        if not math.isfinite(number):
+            raise FloatingPointError(f"{self.name}: the loss of step {self.step} is {number}; lower the learning rate")
+        self.loss = number if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * number
+
+    def _print(self, samples_per_second: float) -> None:
+        left = (1 - self.progress) * self.seconds / max(self.progress, 1e-9) / 60
+        print(f"{self.name}: step {self.step}, loss {self.loss:.4f}, {samples_per_second:.1f} samples/s, "
+              f"{left:.1f} min left", file=sys.stderr, flush=True)
+
+    def save(self) -> None:
+        """Writes the checkpoint beside and renames it, so that a kill leaves the last whole one."""
+        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "averages": self.averages.values, "generator": self.generator.get_state(),
+                 "step": self.step, "seconds": self.seconds, "loss": self.loss}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        beside = self.folder / "checkpoint.tmp"
+        torch.save(state, beside)
+        os.replace(beside, self.folder / "checkpoint.pt")
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for value, saved in zip(self.averages.values, state["averages"], strict=True):
+            value.copy_(saved)
+        self.generator.set_state(state["generator"])
+        self.step, self.seconds, self.loss = state["step"], state["seconds"], state["loss"]
+        print(f"{self.name}: goes on at step {self.step}", file=sys.stderr, flush=True)
+
+
+def write_result(folder: Path, weights: nn.Module | dict[str, torch.Tensor], figures: dict[str, Any]) -> None:
+    """Writes what a training leaves: model.safetensors and result.json; the card of an asset is made from the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    save_file({name: value.detach().contiguous() for name, value in state.items()}, folder / "model.safetensors")
+    (folder / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def read_result(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and figures of a training.
+
+    Raises:
+        ValueError: the training has not finished yet.
+    """
+    if not (folder / "result.json").exists():
+        raise ValueError(f"{folder} has no result yet; run that training first")
+    return load_file(folder / "model.safetensors"), json.loads((folder / "result.json").read_text())

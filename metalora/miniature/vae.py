@@ -1,0 +1,119 @@
+"""Trains the miniature's AutoencoderKL.
+
+It is convolutional, so random crops stand for whole pictures: more of them a second, and no two alike.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+
+from metalora.miniature.pipeline import MiniatureConfig, build_vae
+from metalora.miniature.shards import Shards, load_shards
+from metalora.miniature.training import Job, Trainer, read_result, write_result
+
+CROP = 64
+KL_WEIGHT = 1e-4  # of the mean over latent numbers; keeps the latents near a unit ball, not a prior to sample from
+EDGE_WEIGHT = 1.0
+VALIDATION_PICTURES = 256
+
+
+def to_floats(images: torch.Tensor) -> torch.Tensor:
+    """(n, 3, h, w) uint8 to floats in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def random_crops(images: torch.Tensor, batch: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Crops of random pictures, half of them mirrored: (batch, 3, size, size) in [-1, 1]."""
+    chosen = torch.randint(len(images), (batch,), generator=generator)
+    corners = torch.randint(images.shape[-1] - size + 1, (batch, 2), generator=generator).tolist()
+    mirror = (torch.rand(batch, generator=generator) < 0.5).tolist()
+    crops = [images[index, :, y:y + size, x:x + size] for index, (y, x) in zip(chosen.tolist(), corners, strict=True)]
+    return to_floats(torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, mirror, strict=True)]))
+
+
+def edge_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L1 of the slopes at full and half size: the blur that plain L1 forgives."""
+    loss = output.new_zeros(())
+    for scale in (1, 2):
+        error = F.avg_pool2d(output - target, scale) if scale > 1 else output - target
+        loss = loss + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return loss
+
+
+def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Reconstruction in L1, slopes, and a small KL term; convolutions in bfloat16, the loss in float32."""
+    with torch.autocast("cpu", torch.bfloat16):
+        moments = vae.encoder(images)
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    log_variance = log_variance.clamp(-30, 20)
+    latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = vae.decoder(latents)
+    output = output.float()
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return F.l1_loss(output, images) + EDGE_WEIGHT * edge_loss(output, images) + KL_WEIGHT * kl
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: torch.Tensor, batch: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents of uint8 pictures, unscaled: 2 x (n, channels, h / 8, w / 8)."""
+    posteriors = [vae.encode(to_floats(part)).latent_dist for part in images.split(batch)]
+    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, images: torch.Tensor, batch: int = 64) -> float:
+    """Peak signal to noise, in dB, of whole pictures through encoder and decoder, from the mean squared error of all."""
+    errors = []
+    for part in images.split(batch):
+        floats = to_floats(part)
+        output = vae.decode(vae.encode(floats).latent_dist.mode()).sample.clamp(-1, 1)
+        errors.append((output - floats).square().mean(dim=(1, 2, 3)) / 4)  # the range is 2 wide
+    return -10 * math.log10(torch.cat(errors).mean().item())
+
+
+def measure_latents(vae: AutoencoderKL, images: torch.Tensor) -> tuple[float, float]:
+    """Scaling and shift that give the latents of `images` mean 0 and deviation 1."""
+    mean, deviation = encode(vae, images)
+    sample = mean + deviation * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    return 1 / sample.std().item(), sample.mean().item()
+
+
+def load_vae(config: MiniatureConfig, weights: dict[str, torch.Tensor], figures: dict) -> AutoencoderKL:
+    """The trained autoencoder with its measured scaling and shift."""
+    vae = build_vae(config)
+    vae.load_state_dict(weights)
+    vae.register_to_config(scaling_factor=figures["scaling_factor"], shift_factor=figures["shift_factor"])
+    return vae.eval()
+
+
+def trained_vae(job: Job) -> AutoencoderKL:
+    """The autoencoder of this work folder."""
+    return load_vae(job.model, *read_result(job.work / "vae"))
+
+
+def train_vae(job: Job) -> dict:
+    """Trains the autoencoder and writes work/vae; the figure is PSNR on whole pictures of unseen people."""
+    training, validation = load_shards(*job.data).split()
+    torch.manual_seed(job.seed)
+    vae = build_vae(job.model)
+    config = job.training(learning_rate=2e-3, batch_size=16, anneal_from=0.2, ema=0.995, warmup_steps=50)
+    trainer = Trainer("vae", vae, job.work / "vae", config)
+    sample = _spread(validation)
+    crop = min(CROP, job.model.size)
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        return vae_loss(vae, random_crops(training.images, config.batch_size, crop, generator), generator)
+
+    result = trainer.run(loss, lambda t: print(f"vae: step {t.step}, {psnr(vae, sample[:64]):.2f} dB", flush=True))
+    scaling, shift = measure_latents(vae, training.images[:: max(1, len(training) // 512)])
+    figures = job.figures(result, config) | {"psnr_db": round(psnr(vae, sample), 2), "scaling_factor": scaling,
+                                             "shift_factor": shift, "validation_pictures": len(sample)}
+    write_result(job.work / "vae", vae, figures)
+    return figures
+
+
+def _spread(shards: Shards) -> torch.Tensor:
+    return shards.images[:: max(1, len(shards) // VALIDATION_PICTURES)][:VALIDATION_PICTURES]
