@@ -5,10 +5,15 @@ The names below load on first use, so that ``import metalora`` costs nothing.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import Cancelled, MetaLoraError
+
+# Must stand before torch loads. With OpenMP's default, threads that wait spin, and a small model on a busy machine becomes
+# twenty times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from .identity import Identity

@@ -5,14 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Generator, Sequence
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
 from .adapter import Adapter, attach
 from .base import Base
-from .cache import TrainingSet
+from .cache import TrainingSet, mirrored
 from .config import AdaptConfig
 from .identity import Identity, make_identity
 from .metadown import MetaDown
@@ -37,7 +35,7 @@ def crops(image: Image.Image, box: Sequence[float], size: int, config: AdaptConf
         side = face * (1 + config.margin[0] + along * (config.margin[1] - config.margin[0]))
         squares.append(_square(image.size, box, min(most, side), rng.random(), rng.random()))
     upright = [image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, box=square) for square in squares]
-    return upright + [ImageOps.mirror(crop) for crop in upright]
+    return mirrored(upright)
 
 
 def _square(picture: tuple[int, int], box: Sequence[float], side: float, x: float, y: float) -> tuple[float, float, float, float]:
@@ -45,12 +43,6 @@ def _square(picture: tuple[int, int], box: Sequence[float], side: float, x: floa
     left = min(max(box[0] - x * (side - (box[2] - box[0])), 0.0), picture[0] - side)
     top = min(max(box[1] - y * (side - (box[3] - box[1])), 0.0), picture[1] - side)
     return left, top, left + side, top + side
-
-
-def to_tensor(images: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size → (n, 3, height, width) in [-1, 1]."""
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def adapt(

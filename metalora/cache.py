@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import flow
@@ -70,3 +72,14 @@ def encode(base: Base, images: Tensor, captions: Sequence[str], subjects: Sequen
         caption=torch.tensor([number[c] for c in captions], device=base.device),
         subject=torch.tensor(subjects if subjects is not None else [0] * len(captions), device=base.device),
     )
+
+
+def mirrored(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """The pictures, then each of them mirrored."""
+    return [*images, *(ImageOps.mirror(image) for image in images)]
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size → (n, 3, height, width) in [-1, 1]."""
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1

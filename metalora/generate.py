@@ -1,0 +1,160 @@
+"""Prompts and people → pictures. A person is an ordinary LoRA here, loaded, weighted and switched by diffusers' own calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from .base import Base
+from .errors import MetaLoraError
+from .files import write_atomically
+from .prompts import fill
+
+MAKER = "Meta-LoRA"
+NOTE = "AI-generated"
+KEPT_LOADED = 8  # people that stay loaded, so that switching costs nothing; the longest unused leaves first
+
+
+@dataclass(frozen=True)
+class Person:
+    """An ordinary LoRA under diffusers' names, the words that call it, and how strongly it counts."""
+
+    lora: Mapping[str, Tensor]
+    words: str  # "sks woman"
+    sha256: str
+    weight: float = 1.0
+
+    @property
+    def adapter_name(self) -> str:
+        """Its name among the pipeline's adapters (PEFT allows no dot there)."""
+        return f"person_{self.sha256[:16]}"
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How to generate; None stands for the base's own setting."""
+
+    count: int = 1  # pictures per prompt; picture i has seed + i
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    size: tuple[int, int] | None = None  # width, height, px
+
+
+def use_people(base: Base, people: Sequence[Person]) -> None:
+    """Make exactly these people active, each with its weight; nobody means the base alone."""
+    pipeline = base.pipeline
+    loaded = list(getattr(base.transformer, "peft_config", {}))
+    for person in people:
+        if person.adapter_name in loaded:
+            loaded.remove(person.adapter_name)
+        else:
+            pipeline.load_lora_weights(dict(person.lora), adapter_name=person.adapter_name)
+    spare = loaded[: max(0, len(loaded) + len(people) - KEPT_LOADED)]
+    if spare:
+        pipeline.delete_adapters(spare)
+    if people:
+        pipeline.enable_lora()
+        pipeline.set_adapters([p.adapter_name for p in people], [p.weight for p in people])
+    elif loaded:
+        pipeline.disable_lora()
+
+
+def unload_people(base: Base) -> None:
+    """Take every person out; the transformer is a bare one again."""
+    base.pipeline.unload_lora_weights()
+
+
+def generate(
+    base: Base, prompts: Sequence[str], people: Sequence[Person] = (), config: GenerateConfig = GenerateConfig(),
+    on_step: Callable[[int, int], None] | None = None,
+) -> Iterator[Image.Image]:  # fmt: skip
+    """Yield `config.count` pictures for each prompt, with what made them in `image.info`.
+
+    Picture i of a prompt depends on its prompt and on seed + i alone, so it is the same in whatever company it is made.
+    `on_step(done, all)` is called after each denoising step of all; raise Cancelled in it to stop.
+    Raises MetaLoraError for an empty prompt, a size that FLUX cannot do, or a setting out of range.
+    """
+    width, height, steps, guidance = _resolve(base, config)
+    filled = [fill(prompt, " and ".join(p.words for p in people)) for prompt in prompts]
+    use_people(base, people)
+    every, done = steps * len(filled) * config.count, 0
+
+    def count_step(pipeline: object, step: int, timestep: object, values: dict) -> dict:
+        nonlocal done
+        done += 1
+        if on_step:
+            on_step(done, every)
+        return values
+
+    for prompt in filled:
+        text = base.encode_prompts([prompt])
+        for seed in range(config.seed, config.seed + config.count):
+            with base.resident("transformer", "vae"):
+                image = render(base, text, width, height, steps, guidance, seed, count_step)
+            image.info.update(describe(base, prompt, people, seed, steps, guidance))
+            yield image
+
+
+@torch.no_grad()
+def render(base: Base, text: Any, width: int, height: int, steps: int, guidance: float, seed: int, callback: Any = None) -> Image.Image:
+    """One picture of the transformer as it stands, whatever is attached to it."""
+    return base.pipeline(
+        prompt_embeds=text.embeds,
+        pooled_prompt_embeds=text.pooled,
+        width=width,
+        height=height,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        max_sequence_length=base.settings.max_sequence_length,
+        generator=torch.Generator().manual_seed(seed),  # on the CPU: the same noise on every device
+        callback_on_step_end=callback,
+    ).images[0]
+
+
+def _resolve(base: Base, config: GenerateConfig) -> tuple[int, int, int, float]:
+    s = base.settings
+    width, height = config.size or (s.resolution, s.resolution)
+    steps = s.inference_steps if config.steps is None else config.steps
+    guidance = s.guidance if config.guidance is None else config.guidance
+    grid = 2 * base.pipeline.vae_scale_factor
+    if width % grid or height % grid or min(width, height) < grid or max(width, height) > 4096:
+        raise MetaLoraError(f"A picture of {width}x{height} cannot be made; width and height must be multiples of {grid}, {grid} to 4096.")
+    if not 1 <= steps <= 1000 or not 0 <= guidance <= 100:
+        raise MetaLoraError(f"Steps must be 1 to 1000 and guidance 0 to 100, not {steps} and {guidance}.")
+    if not 1 <= config.count <= 1000 or not 0 <= config.seed < 2**63 - config.count:
+        raise MetaLoraError(f"Count must be 1 to 1000 and the seed a whole number from 0, not {config.count} and {config.seed}.")
+    return width, height, steps, guidance
+
+
+def describe(base: Base, prompt: str, people: Sequence[Person], seed: int, steps: int, guidance: float) -> dict[str, str]:
+    """What stands in a picture's metadata."""
+    person = {p.sha256: p.weight for p in people}
+    return {
+        "Software": MAKER,
+        "Comment": NOTE,
+        "AI-generated": "true",
+        "prompt": prompt,
+        "seed": str(seed),
+        "steps": str(steps),
+        "guidance": str(guidance),
+        "base": f"{base.name} {base.fingerprint}",
+        "identity": json.dumps(person),
+    }
+
+
+def save_png(image: Image.Image, path: str | Path) -> Path:
+    """Write a PNG with the picture's `info` as its metadata; the file is complete or absent."""
+    info = PngInfo()
+    for key, value in image.info.items():
+        if isinstance(value, str):
+            info.add_itxt(key, value)
+    return write_atomically(path, lambda beside: image.save(beside, format="PNG", pnginfo=info))

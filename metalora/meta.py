@@ -1,0 +1,146 @@
+"""Stage 1: many subjects of one domain → Meta-Down, the factor they share.
+
+Only a bucket of subjects is resident at a time, each with its own fresh Mid and Up. First these train while Down is held, so
+that untrained heads send no noise into Down; then all three train. A batch mixes subjects. Mid and Up are thrown away, Down
+goes on to the next bucket and is what is kept. [paper: buckets, warm-up, mixed batches; ours: the schedule]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .adapter import Adapter, attach, random_downs
+from .base import Base
+from .cache import TrainingSet, encode, mirrored, to_tensor
+from .config import AdapterConfig, MetaConfig
+from .errors import MetaLoraError
+from .files import load_tensors, save_tensors
+from .metadown import MetaDown
+from .photo import load_photo
+from .prompts import fill
+from .train import Clock, StepReport, fit, optimizer
+
+CHECKPOINT = "checkpoint.safetensors"
+Bucket = Callable[[Sequence[int]], TrainingSet]  # numbers of subjects → their pictures, encoded, renumbered 0, 1, …
+
+
+@dataclass
+class _State:
+    """What a round hands to the next: Down with its optimiser's moments, and how many rounds are done."""
+
+    downs: dict[str, Tensor]
+    moments: dict[str, Tensor]  # "exp_avg.<layer>", "exp_avg_sq.<layer>", "step"
+    round: int = 0
+
+
+def meta_train(
+    base: Base, subjects: int, bucket: Bucket, domain: str, config: MetaConfig, *,
+    name: str, adapter: AdapterConfig | None = None, folder: str | Path | None = None,
+) -> Iterator[StepReport]:  # fmt: skip
+    """Learn Meta-Down from `subjects` subjects that `bucket` encodes on demand; yields a report a step.
+
+    The generator's return value is the MetaDown. With a `folder`, its checkpoint is written every few rounds, and a run that
+    finds one goes on from it exactly as if it had never stopped. In memory: `bucket=training_set.select`.
+    Raises MetaLoraError where there are too few subjects, or the checkpoint is of other settings.
+    """
+    shape = adapter or base.settings.adapter
+    size = min(config.bucket_size, subjects)
+    if size < 1:
+        raise MetaLoraError(f"There is no subject of the domain {domain} to learn from; check the dataset's metadata.jsonl.")
+    checkpoint = Path(folder) / CHECKPOINT if folder else None
+    stamp = {"config": repr(replace(config, rounds=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
+    state = _resume(checkpoint, stamp) or _begin(base, shape, config)
+    clock = Clock(config.rounds * config.bucket_steps, state.round * config.bucket_steps)
+    with attach(base.transformer, state.downs, shape, size) as heads, base.resident("transformer"):
+        for number in range(state.round, config.rounds):
+            data = bucket(_members(subjects, size, number, config.seed)).to(base.device, base.dtype)
+            for loss in _round(base, heads, data, state, config, number):
+                yield clock.tick(loss)
+            state.downs, state.round = heads.down_tensors(), number + 1
+            if checkpoint and (state.round % config.checkpoint_every == 0 or state.round == config.rounds):
+                _save(checkpoint, state, stamp)
+    summary = {**asdict(config), "subjects": subjects, "steps": clock.steps}
+    return MetaDown(state.downs, shape, name, domain, base.name, base.fingerprint, summary)
+
+
+def _begin(base: Base, shape: AdapterConfig, config: MetaConfig) -> _State:
+    return _State(random_downs(base.transformer, shape, torch.Generator().manual_seed(config.seed)), {})
+
+
+def _members(subjects: int, size: int, number: int, seed: int) -> list[int]:
+    """Subjects of bucket `number`: every subject comes once before one comes again, in an order that the seed gives."""
+    chosen: list[int] = []
+    place = number * size
+    while len(chosen) < size:
+        lap, at = divmod(place, subjects)
+        order = torch.randperm(subjects, generator=torch.Generator().manual_seed(hash((seed, lap)) % 2**63)).tolist()
+        chosen += [s for s in order[at : at + size - len(chosen)] if s not in chosen]
+        place = (lap + 1) * subjects
+    return chosen
+
+
+def _round(base: Base, heads: Adapter, data: TrainingSet, state: _State, config: MetaConfig, number: int) -> Iterator[float]:
+    """One bucket: fresh heads, warm-up with Down held, then all three. Draws depend on the seed and the round alone."""
+    generator = torch.Generator().manual_seed(hash((config.seed, -1 - number)) % 2**63)
+    heads.start(generator)
+    of_heads = optimizer(heads.heads(), config.learning_rate, config.weight_decay)
+    of_down = optimizer(heads.downs(), config.down_learning_rate, config.weight_decay)
+    common = dict(batch_size=config.batch_size, generator=generator, flow_config=config.flow, max_grad_norm=config.max_grad_norm)
+    heads.train_down(False)
+    yield from fit(base, heads, data, [of_heads], steps=config.warmup_steps, **common)
+    heads.train_down(True)
+    _load_moments(of_down, heads, state.moments)
+    yield from fit(base, heads, data, [of_heads, of_down], steps=config.bucket_steps - config.warmup_steps, **common)
+    heads.train_down(False)
+    state.moments = _moments(of_down, heads)
+
+
+def _moments(of_down: torch.optim.Optimizer, heads: Adapter) -> dict[str, Tensor]:
+    """The optimiser's memory of Down, by layer."""
+    return {f"{key}.{name}": value.detach().cpu() for name, layer in heads.layers.items() for key, value in of_down.state[layer.down].items()}
+
+
+def _load_moments(of_down: torch.optim.Optimizer, heads: Adapter, moments: dict[str, Tensor]) -> None:
+    for name, layer in heads.layers.items():
+        of_this = {key: moments[f"{key}.{name}"].clone().to(layer.down.device) for key in ("step", "exp_avg", "exp_avg_sq") if moments}
+        if of_this:
+            of_down.state[layer.down] = of_this
+
+
+def _save(checkpoint: Path, state: _State, stamp: dict[str, str]) -> None:
+    tensors = {f"down.{name}": t for name, t in state.downs.items()} | {f"moment.{name}": t for name, t in state.moments.items()}
+    save_tensors(checkpoint, tensors, {**stamp, "round": str(state.round)})
+
+
+def _resume(checkpoint: Path | None, stamp: dict[str, str]) -> _State | None:
+    if checkpoint is None or not checkpoint.is_file():
+        return None
+    tensors, found = load_tensors(checkpoint, "a checkpoint")
+    other = [key for key, value in stamp.items() if found.get(key) != value]
+    if other or "round" not in found:
+        raise MetaLoraError(f"{checkpoint} is of another training ({', '.join(other)} differ); remove it, or choose another output folder.")
+    parts = {kind: {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)} for kind in ("down.", "moment.")}
+    return _State(parts["down."], parts["moment."], int(found["round"]))
+
+
+def bucket_of_photos(base: Base, people: Sequence[Sequence[tuple[Path, str]]], words: str) -> Bucket:
+    """A bucket source that reads photos with their captions from disk: people[s] are the (path, text) of subject s.
+
+    Every photo is cut to its central square and also mirrored; `words` stand for the person in its caption. Encoding anew
+    for every bucket keeps little in memory, which for FLUX.1-dev's text embeddings matters more than time.
+    """
+
+    def encode_bucket(subjects: Sequence[int]) -> TrainingSet:
+        size = (base.settings.train_resolution,) * 2
+        items = [(number, path, text) for number, s in enumerate(subjects) for path, text in people[s]]
+        photos = [ImageOps.fit(load_photo(path), size, Image.Resampling.LANCZOS) for _, path, _ in items]
+        captions = [text if words in text else fill(text, words) for _, _, text in items]
+        return encode(base, to_tensor(mirrored(photos)), captions * 2, [number for number, _, _ in items] * 2)
+
+    return encode_bucket

@@ -1,0 +1,222 @@
+"""The one class most users need: open a base, adapt to a person, generate, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from . import adapt as stage2
+from . import cache, hub
+from .base import Base
+from .config import DEFAULT_BASE
+from .errors import MetaLoraError
+from .generate import GenerateConfig, Person, generate, render, unload_people
+from .identity import ExportFormat, Identity
+from .metadown import MetaDown
+from .photo import load_photo
+from .prompts import Captioner
+from .train import StepReport
+
+if TYPE_CHECKING:
+    from .face import Face, FaceFinder
+
+Photo = Any  # a path, bytes, a PIL image or an array
+PREVIEW_STEPS = 10  # denoising steps of a preview, at most
+
+
+class Personalizer:
+    """A base model with its Meta-Downs. One piece of work at a time; not for use from several threads at once."""
+
+    def __init__(self, base: Base, meta_down: str | MetaDown | None = None):
+        self.base = base
+        self._given = meta_down
+        self._meta_downs: dict[str, MetaDown] = {}
+        self._finder: FaceFinder | None = None
+        self._captioner = Captioner(base.settings.clip, base.settings.caption_phrases)
+        self._running: Generator | None = None
+
+    @classmethod
+    def open(cls, base: str = DEFAULT_BASE, meta_down: str | MetaDown | None = None, device: str | None = None) -> Personalizer:
+        """Open a base ("miniature", a folder or a Hub id) with the catalogue's Meta-Downs for it, or with a given one.
+
+        Raises MetaLoraError where either cannot be had or they do not fit.
+        """
+        return cls(Base.open(base, device), meta_down)
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains that there is a Meta-Down for, as far as is known without fetching any."""
+        if isinstance(self._given, MetaDown):
+            return [self._given.domain]
+        if self._given is None:
+            return list(hub.meta_down_places(self.base.name))
+        folders = [p.parent.name for p in Path(self._given).expanduser().glob("*/meta_down.safetensors")]
+        return sorted(folders) or list(self._meta_downs)
+
+    def meta_down(self, domain: str) -> MetaDown:
+        """The Meta-Down of a domain, loaded once. MetaLoraError where there is none, or it is for another base or domain."""
+        if domain not in self._meta_downs:
+            found = self._given if isinstance(self._given, MetaDown) else MetaDown.load(self._meta_down_folder(domain))
+            found.check_base(self.base.name, self.base.fingerprint)
+            if found.domain != domain:
+                raise MetaLoraError(f"The Meta-Down {found.name} is for the domain {found.domain}, not {domain}; choose {found.domain} or another Meta-Down.")
+            self._meta_downs[domain] = found
+        return self._meta_downs[domain]
+
+    def _meta_down_folder(self, domain: str) -> Path:
+        if self._given is not None:
+            return hub.meta_down_folder(str(self._given), domain)
+        places = hub.meta_down_places(self.base.name)
+        if domain not in places:
+            known = f"it has {', '.join(places)}" if places else "give one with --meta-down"
+            raise MetaLoraError(f"There is no Meta-Down for the domain {domain} of the base {self.base.name}; {known}.")
+        return hub.meta_down_folder(places[domain], domain)
+
+    @property
+    def finder(self) -> FaceFinder:
+        """Finds and embeds faces; loaded on first use."""
+        if self._finder is None:
+            from .face import FaceFinder
+
+            self._finder = FaceFinder(self.base.settings.face_pack, self.base.settings.det_size)
+        return self._finder
+
+    def adapt(
+        self, photos: Photo | Sequence[Photo], domain: str, steps: int | None = None, seed: int = 0, *,
+        face: int | None = None, on_step: Callable[[StepReport], object] | None = None,
+    ) -> Identity:  # fmt: skip
+        """Learn a person from one photo or several; `on_step` sees every step and may raise Cancelled to stop.
+
+        Raises MetaLoraError where a photo cannot be read, shows no face, or shows several and `face` does not say which.
+        """
+        run = self.adapt_steps(photos, domain, steps, seed, face=face)
+        try:
+            while True:
+                report = next(run)
+                if on_step:
+                    on_step(report)
+        except StopIteration as end:
+            return end.value
+        finally:
+            run.close()
+
+    def adapt_steps(
+        self, photos: Photo | Sequence[Photo], domain: str, steps: int | None = None, seed: int = 0, *,
+        face: int | None = None, preview_every: int = 0,
+    ) -> Generator[StepReport, None, Identity]:  # fmt: skip
+        """The same as a generator of reports whose return value is the identity. Close it to stop; nothing half done is kept.
+
+        With `preview_every`, every so many steps a report carries a picture of the person so far, always from the same noise.
+        """
+        self._finish_other()
+        config = self.base.settings.adapt
+        config = replace(config, steps=config.steps if steps is None else steps, seed=seed)
+        if config.steps < 1:
+            raise MetaLoraError(f"Steps must be 1 or more, not {config.steps}.")
+        self._running = self._adapt(_listed(photos), domain, config, face, preview_every)
+        return self._running
+
+    def _adapt(self, photos: list[Photo], domain: str, config: Any, face: int | None, preview_every: int) -> Generator[StepReport, None, Identity]:
+        meta_down = self.meta_down(domain)
+        data = self.encode(photos, domain, config, face)
+        preview = self._preview(domain) if preview_every else None
+        unload_people(self.base)
+        with plain_faults():
+            return (yield from stage2.adapt(self.base, meta_down, data, config, preview=preview, preview_every=preview_every))
+
+    def encode(self, photos: Sequence[Photo], domain: str, config: Any = None, face: int | None = None) -> cache.TrainingSet:
+        """Photos → crops round the face with captions, encoded: what stage 2 trains on."""
+        settings = self.base.settings
+        config = config or settings.adapt
+        crops, captions = [], []
+        for number, photo in enumerate(photos):
+            image = load_photo(photo)
+            found = self.pick(image, face)
+            cut = stage2.crops(image, found.box, settings.train_resolution, config, config.seed + number)
+            crops += cut
+            captions += [self._captioner.caption(cut[0], f"{settings.trigger} {domain}", domain)] * len(cut)
+        with plain_faults():
+            return cache.encode(self.base, cache.to_tensor(crops), captions)
+
+    def pick(self, image: Image.Image, face: int | None = None) -> Face:
+        """The one face of a photo, or its number `face`; MetaLoraError for none, or for several and no number."""
+        return self.finder.pick(image, face)
+
+    def _preview(self, domain: str) -> stage2.Preview:
+        settings = self.base.settings
+        text = self.base.encode_prompts([f"a photo of {settings.trigger} {domain}"])
+        size, steps = settings.train_resolution, min(settings.inference_steps, PREVIEW_STEPS)
+        return lambda: render(self.base, text, size, size, steps, settings.guidance, seed=0)
+
+    def generate(
+        self, identity: Identity | Sequence[Identity | tuple[Identity, float]] | None, prompt: str | Sequence[str], count: int = 1, seed: int = 0, *,
+        steps: int | None = None, guidance: float | None = None, size: tuple[int, int] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> list[Image.Image]:  # fmt: skip
+        """Pictures of a person: `count` for each prompt, picture i from seed + i. Same inputs, same pictures.
+
+        `{person}` in a prompt becomes the person; without it the person is put in front. Several people, or people with a
+        weight, as a list; None for the base alone. Sizes are (width, height) in px. Each picture's `info` says what made it.
+        Raises MetaLoraError for an empty prompt, values out of range, or an identity of another base or Meta-Down.
+        """
+        return list(self.generate_each(identity, prompt, count, seed, steps=steps, guidance=guidance, size=size, on_step=on_step))
+
+    def generate_each(
+        self, identity: Identity | Sequence[Identity | tuple[Identity, float]] | None, prompt: str | Sequence[str], count: int = 1, seed: int = 0, *,
+        steps: int | None = None, guidance: float | None = None, size: tuple[int, int] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Image.Image]:  # fmt: skip
+        """The same, one picture after the other as they are done."""
+        self._finish_other()
+        people = [self.person(*_weighted(entry)) for entry in ([] if identity is None else _listed(identity))]
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        with plain_faults():
+            yield from generate(self.base, prompts, people, GenerateConfig(count, seed, steps, guidance, size), on_step)
+
+    def person(self, identity: Identity, weight: float = 1.0) -> Person:
+        """An identity as the ordinary LoRA that generation takes. MetaLoraError where it belongs to another base or Meta-Down."""
+        identity.check(self.base.name, self.base.fingerprint)
+        return Person(identity.to_lora(self.meta_down(identity.domain)), identity.prompt_words, identity.sha256, weight)
+
+    def export(self, identity: Identity, path: str | Path, format: ExportFormat = "diffusers") -> Path:
+        """Write the person as an ordinary LoRA file that needs nothing of ours; "diffusers" or "kohya" names."""
+        identity.check(self.base.name, self.base.fingerprint)
+        return identity.export(path, self.meta_down(identity.domain), format)
+
+    def _finish_other(self) -> None:
+        """End a training that was left between two steps, so that its layers do not stay on the base."""
+        if self._running is not None:
+            try:
+                self._running.close()
+            except ValueError as error:  # it is at work in another thread
+                raise MetaLoraError("Another training is running; wait for it to end, or stop it.") from error
+        self._running = None
+
+
+@contextmanager
+def plain_faults() -> Iterator[None]:
+    """A device that runs out of memory becomes one sentence with advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MetaLoraError(
+            "The GPU has not enough free memory for this; close other programs that use it, choose a smaller size, or a smaller base."
+        ) from error
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) and not _is_weighted(value) else [value]
+
+
+def _is_weighted(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Identity) and not isinstance(value[1], Identity)
+
+
+def _weighted(entry: Identity | tuple[Identity, float]) -> tuple[Identity, float]:
+    return entry if isinstance(entry, tuple) else (entry, 1.0)

@@ -1,0 +1,56 @@
+"""Words: the person in a prompt, and the caption of a photo that names what is *not* the person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from .errors import MetaLoraError
+
+PLACE = "{person}"
+
+
+def fill(prompt: str, words: str) -> str:
+    """`{person}` becomes the person's words; a prompt without it gets them in front. MetaLoraError for an empty prompt."""
+    if not prompt.strip():
+        raise MetaLoraError("The prompt is empty; say what the picture shows, for example: a photo of {person} in a green park.")
+    if PLACE in prompt:
+        return prompt.replace(PLACE, words).strip()
+    return f"{words}, {prompt.strip()}" if words else prompt.strip()
+
+
+class Captioner:
+    """Writes the caption of a photo with CLIP, from groups of phrases of which one each is chosen.
+
+    What the caption names (smile, clothes, place) the training need not put into the person. [paper: captions that name
+    what is not the person; ours: how]
+    """
+
+    def __init__(self, clip: str | Path, groups: Sequence[Sequence[str]]):
+        self.clip, self.groups = clip, groups
+        self._loaded = None
+
+    def caption(self, image: Image.Image, words: str, noun: str) -> str:
+        """"a photo of sks woman, smiling, in a green park" for words "sks woman" and noun "woman"."""
+        return ", ".join([f"a photo of {words}", *(self._best(image, noun, group) for group in self.groups)])
+
+    def _best(self, image: Image.Image, noun: str, group: Sequence[str]) -> str:
+        import torch
+
+        model, processor = self._load()
+        texts = [f"a photo of a {noun}, {phrase}" for phrase in group]
+        inputs = processor(text=texts, images=image.convert("RGB"), return_tensors="pt", padding=True, truncation=True)
+        with torch.no_grad():
+            return group[int(model(**inputs).logits_per_image.argmax())]
+
+    def _load(self):
+        if self._loaded is None:
+            from transformers import CLIPModel, CLIPProcessor
+
+            try:
+                self._loaded = CLIPModel.from_pretrained(self.clip).float().eval(), CLIPProcessor.from_pretrained(self.clip)
+            except (OSError, ValueError) as error:
+                raise MetaLoraError(f"The CLIP model {self.clip} cannot be read; get it afresh, or go online once.") from error
+        return self._loaded
