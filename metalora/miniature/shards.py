@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+
+from metalora.miniature.captions import TRIGGER, caption, mirrored
 
 HELD_OUT = 1_000_000  # seeds of people from here on are for evaluation only
 VALIDATION_EVERY = 25  # of the people before, each 25th is kept out of training to watch it
@@ -76,3 +79,32 @@ def load_shards(*folders: Path) -> Shards:
             raise ValueError(f"{part} has {len(images[-1])} pictures and {len(lines)} lines; render it again")
         records += lines
     return Shards(torch.cat(images), records)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Random pictures with captions: indices (n,), which of them are mirrored (n,) bool, and n captions."""
+
+    chosen: torch.Tensor
+    mirrored: torch.Tensor
+    captions: list[str]
+
+
+def draw_captioned(records: list[dict[str, Any]], count: int, generator: torch.Generator, trigger_share: float = 0.0,
+                   dropped_share: float = 0.0) -> Batch:
+    """Draws pictures with replacement, each with a fresh caption of what it shows; a mirrored one's says so.
+
+    Args:
+        trigger_share: share of captions in which "sks woman" or "sks man" stands for the person's looks.
+        dropped_share: share of empty captions, from which a model learns the unguided velocity.
+    """
+    chosen = torch.randint(len(records), (count,), generator=generator)
+    mirror = torch.rand(count, generator=generator) < 0.5
+    rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
+    texts = []
+    for index, flipped in zip(chosen.tolist(), mirror.tolist(), strict=True):
+        record = records[index]
+        person = f"{TRIGGER} {record['domain']}" if rng.random() < trigger_share else None
+        text = caption(record["attributes"], rng, person) if rng.random() >= dropped_share else ""
+        texts.append(mirrored(text) if flipped else text)
+    return Batch(chosen, mirror, texts)

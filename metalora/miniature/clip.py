@@ -1,0 +1,121 @@
+"""Trains a small CLIP on pictures and captions of the portrait world.
+
+Its text tower becomes the pipeline's first text encoder; the whole of it scores pictures against prompts and finds the
+phrases that describe a photo.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer, CLIPVisionConfig
+
+from metalora.miniature.captions import vocabulary
+from metalora.miniature.pipeline import MiniatureConfig, clip_text_config, clip_tokenizer
+from metalora.miniature.shards import Shards, draw_captioned, load_shards
+from metalora.miniature.training import Job, Trainer, read_result, write_result
+from metalora.miniature.vae import to_floats
+
+VISION_WIDTH, VISION_LAYERS, VISION_HEADS, PATCH = 128, 4, 4, 12
+MAX_LOGIT_SCALE = 4.6  # ln 100, as in CLIP
+GALLERY = 100
+
+
+def build_clip(config: MiniatureConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A CLIPModel of random weights with the pipeline's text tower."""
+    text = clip_text_config(config, tokenizer)
+    vision = CLIPVisionConfig(hidden_size=VISION_WIDTH, intermediate_size=4 * VISION_WIDTH, image_size=config.size,
+                              num_hidden_layers=VISION_LAYERS, num_attention_heads=VISION_HEADS, patch_size=PATCH,
+                              projection_dim=config.clip_width)
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(),
+                                projection_dim=config.clip_width))
+
+
+def build_processor(config: MiniatureConfig, tokenizer: CLIPTokenizer) -> CLIPProcessor:
+    """The preprocessing that fits: whole pictures at the model's size, in [-1, 1]."""
+    size = {"height": config.size, "width": config.size}
+    images = CLIPImageProcessorPil(size=size, do_center_crop=False, crop_size=size, image_mean=[0.5] * 3,
+                                   image_std=[0.5] * 3)
+    return CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+
+
+def softened(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A third of the batch at half or two thirds of its sharpness, as generated pictures are."""
+    size = images.shape[-1]
+    kind = torch.rand(len(images), generator=generator)
+    for low, high, part in ((0.0, 0.17, size // 2), (0.17, 0.33, 2 * size // 3)):
+        rows = ((kind >= low) & (kind < high)).nonzero().flatten()
+        small = F.interpolate(images[rows], size=(part, part), mode="area")
+        images[rows] = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
+    return images
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> torch.Tensor:
+    """Token ids (n, longest): attention is causal and the end token is read, so padding beyond it changes nothing."""
+    return tokenizer(texts, padding="longest", truncation=True, max_length=length, return_tensors="pt").input_ids
+
+
+def contrast(clip: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit features of pictures and captions: 2 x (n, projection)."""
+    pictures = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
+    captions = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
+    return F.normalize(pictures.float(), dim=-1), F.normalize(captions.float(), dim=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTask:
+    """CLIP's symmetric loss over a batch of pictures with captions."""
+
+    clip: CLIPModel
+    tokenizer: CLIPTokenizer
+    shards: Shards
+    batch_size: int
+    clip_tokens: int
+
+    def loss(self, generator: torch.Generator) -> torch.Tensor:
+        batch = draw_captioned(self.shards.records, self.batch_size, generator)
+        images = to_floats(self.shards.images[batch.chosen])
+        images[batch.mirrored] = images[batch.mirrored].flip(-1)
+        ids = tokenize(self.tokenizer, batch.captions, self.clip_tokens)
+        pictures, captions = contrast(self.clip, softened(images, generator), ids)
+        scale = self.clip.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        logits = scale * pictures @ captions.T  # (n, n)
+        right = torch.arange(len(logits))
+        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+    @torch.no_grad()
+    def right_of_hundred(self, validation: Shards, galleries: int = 10) -> float:
+        """How often, of 100 captions of different pictures, a picture's own comes first; equal captions are one."""
+        generator, hits = torch.Generator().manual_seed(0), []
+        for _ in range(galleries):
+            batch = draw_captioned(validation.records, GALLERY, generator)
+            images = to_floats(validation.images[batch.chosen])
+            images[batch.mirrored] = images[batch.mirrored].flip(-1)
+            ids = tokenize(self.tokenizer, batch.captions, self.clip_tokens)
+            pictures, captions = contrast(self.clip, images, ids)
+            best = (pictures @ captions.T).argmax(dim=1).tolist()
+            hits += [batch.captions[first] == own for first, own in zip(best, batch.captions, strict=True)]
+        return sum(hits) / len(hits)
+
+
+def trained_clip(job: Job) -> CLIPModel:
+    """The CLIP model of this work folder."""
+    clip = build_clip(job.model, clip_tokenizer(vocabulary(), job.model.clip_tokens))
+    clip.load_state_dict(read_result(job.work / "clip")[0])
+    return clip.eval()
+
+
+def train_clip(job: Job) -> dict:
+    """Trains CLIP and writes work/clip; the figure is how often the right one of 100 captions comes first."""
+    training, validation = load_shards(*job.data).split()
+    torch.manual_seed(job.seed)
+    tokenizer = clip_tokenizer(vocabulary(), job.model.clip_tokens)
+    clip = build_clip(job.model, tokenizer)
+    config = job.training(learning_rate=1e-3, batch_size=128, weight_decay=0.05, ema=0.995)
+    task = ClipTask(clip, tokenizer, training, config.batch_size, job.model.clip_tokens)
+    trainer = Trainer("clip", clip, job.work / "clip", config)
+    result = trainer.run(task.loss, lambda t: print(
+        f"clip: step {t.step}, right of 100: {task.right_of_hundred(validation, 2):.1%}", flush=True))
+    figures = job.figures(result, config) | {"right_of_100_captions": round(task.right_of_hundred(validation), 4)}
+    write_result(job.work / "clip", clip, figures)
+    return figures
