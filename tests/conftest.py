@@ -1,0 +1,86 @@
+"""Fixtures that all tests share: a tiny FLUX pipeline with random weights, built once, and what hangs on it."""
+
+from __future__ import annotations
+
+import metalora  # noqa: F401  before torch: it sets how threads wait
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from metalora.adapter import random_downs
+from metalora.base import Base
+from metalora.cache import encode
+from metalora.config import AdaptConfig, AdapterConfig
+from metalora.metadown import MetaDown
+from metalora.miniature.pipeline import MiniatureConfig, build_pipeline, save_pipeline, write_settings
+
+WORDS = "a photo of sks woman man smiling in the green park red cap".split()
+TINY = MiniatureConfig(size=32, vae_widths=(8, 8, 8, 8), heads=2, double_blocks=1, single_blocks=2, t5_width=32, t5_layers=1, clip_width=32, clip_layers=1, clip_heads=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a base model with random weights: 32 px, 4 image tokens."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    pipeline = build_pipeline(TINY, WORDS, seed=1)
+    torch.manual_seed(1)
+    # diffusers starts the modulation and output layers such that much of the network is silent; give all of it a voice.
+    for p in pipeline.transformer.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    save_pipeline(pipeline, folder)
+    write_settings(folder, TINY, [], "sks", name="tiny", adapter={"rank": 1, "meta_rank": 4, "scale": 0.75}, inference_steps=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(tiny_base: Path) -> Base:
+    """The tiny base, opened on the CPU. A test leaves it as it found it."""
+    return Base.open(str(tiny_base), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def meta_down(base: Base) -> MetaDown:
+    """A Meta-Down of random values for the tiny base."""
+    return make_meta_down(base, base.settings.adapter)
+
+
+def make_meta_down(base: Base, shape: AdapterConfig, seed: int = 0) -> MetaDown:
+    downs = random_downs(base.transformer, shape, torch.Generator().manual_seed(seed))
+    return MetaDown(downs, shape, f"tiny-{seed}", "woman", base.name, base.fingerprint)
+
+
+@pytest.fixture(scope="session")
+def people(base: Base):
+    """Six subjects with three pictures of noise each, encoded."""
+    images = torch.rand(18, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    captions = [f"a photo of sks woman {'smiling' if i % 2 else 'in the green park'}" for i in range(18)]
+    return encode(base, images, captions, [i // 3 for i in range(18)])
+
+
+@pytest.fixture(scope="session")
+def photo(people):
+    """One subject's pictures."""
+    return people.select([0])
+
+
+@pytest.fixture(scope="session")
+def config() -> AdaptConfig:
+    """A short stage 2."""
+    return replace(AdaptConfig(), steps=6, batch_size=2, learning_rate=0.05, warmup_steps=1)
+
+
+def state_hash(module: torch.nn.Module) -> list[tuple[str, int]]:
+    """Every tensor of a module, bit for bit."""
+    return [(name, hash(t.numpy().tobytes())) for name, t in module.state_dict().items()]
+
+
+def run(generator):
+    """All that a generator yields, and its return value."""
+    seen = []
+    while True:
+        try:
+            seen.append(next(generator))
+        except StopIteration as end:
+            return seen, end.value
