@@ -1,0 +1,19 @@
+"""sRGB and linear light."""
+
+import torch
+from torch import Tensor
+
+GAMMA = 2.2
+
+
+def linear(srgb: tuple[int, int, int], device: torch.device | str = "cpu") -> Tensor:
+    """An sRGB colour 0..255 as linear light (3,)."""
+    return (torch.tensor(srgb, dtype=torch.float32, device=device) / 255) ** GAMMA
+
+
+def display(light: Tensor) -> Tensor:
+    """Linear light to display values 0..1: a shoulder that keeps fair skin from burning out, then gamma."""
+    knee = 0.6
+    over = (light - knee).clamp(min=0)
+    rolled = torch.where(light > knee, knee + (1 - knee) * over / (over + (1 - knee)), light)
+    return rolled.clamp(0, 1) ** (1 / GAMMA)

@@ -1,0 +1,160 @@
+"""Who is in a picture and how it is taken: people and scenes drawn from integer seeds, each seed always the same."""
+
+import math
+import random
+from dataclasses import dataclass, field
+
+from metalora.miniature import captions
+
+HELD_OUT = 1_000_000  # people from this seed on are never trained on
+
+# sRGB skin tones from fair to dark, and where the caption's words begin along them.
+SKIN_TONES = ((252, 220, 198), (241, 202, 172), (226, 180, 145), (204, 152, 112), (176, 122, 84), (140, 94, 62),
+              (106, 70, 48), (78, 52, 38))
+HAIR_RGB = {"black": (26, 22, 22), "brown": (84, 54, 36), "blond": (202, 166, 106), "red": (150, 72, 38),
+            "grey": (146, 144, 142), "white": (222, 220, 216)}
+EYE_RGB = {"brown": (72, 44, 26), "hazel": (112, 80, 42), "green": (86, 106, 62), "blue": (88, 124, 160),
+           "grey": (122, 134, 144)}
+CLOTH_RGB = {"red": (196, 30, 36), "blue": (36, 70, 168), "green": (34, 118, 64), "yellow": (232, 202, 60),
+             "white": (234, 234, 230), "black": (26, 26, 30), "grey": (120, 122, 126), "purple": (112, 50, 144),
+             "orange": (226, 122, 40), "pink": (238, 160, 182)}
+MALE_HAIR = ("bald", "buzz-cut", "short", "short", "side-parted", "swept-back", "curly", "afro", "long")
+FEMALE_HAIR = ("short", "curly", "afro", "chin-length", "fringed", "long", "long", "wavy", "tied-up")
+EXPRESSION_WEIGHTS = {"neutral": 0.3, "smile": 0.26, "laugh": 0.14, "surprised": 0.1, "angry": 0.1, "sad": 0.1}
+
+
+@dataclass(frozen=True)
+class Person:
+    """All that stays the same from picture to picture, and the looks (hair, glasses) a person usually wears."""
+
+    seed: int
+    sex: str  # "woman" | "man"
+    age: float  # 0.5 (young adult) .. 1.0 (old)
+    attributes: tuple[float, ...]  # sex, age, weight, african, asian, caucasian, for the head model
+    shape: tuple[float, ...]  # 64 standard deviations
+    tone: float  # 0 .. 7 along SKIN_TONES
+    eye: str
+    hair: str
+    hair_colour: str
+    beard: str | None
+    brow: tuple[float, float, float, float]  # thickness, arch, height, slant
+    lips: float
+    blush: float
+    freckles: float
+    moles: tuple[tuple[float, float], ...]
+    glasses: str | None
+
+    @property
+    def age_word(self) -> str:
+        return captions.AGES[(self.age > 0.72) + (self.age > 0.88)]
+
+    @property
+    def skin_word(self) -> str:
+        return captions.SKINS[min(4, int(self.tone / 1.55))]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture of a person: pose, expression, light, what is worn, where. Angles in degrees, lengths in metres."""
+
+    seed: int
+    expression: str
+    yaw: float
+    pitch: float
+    roll: float
+    gaze: tuple[float, float]  # radians right and up, relative to the head
+    background: str
+    light: str
+    top: str
+    top_colour: str
+    second_colour: str
+    hat: str | None
+    hat_colour: str
+    hair: str
+    hair_colour: str
+    glasses: str | None
+    zoom: float
+    shift: tuple[float, float]
+    exposure: float
+    attributes: dict = field(hash=False, compare=False, default_factory=dict)
+
+
+def _hair_colour(rng: random.Random, age: float, dark: bool) -> str:
+    if age > 0.86 and rng.random() < 0.75:
+        return rng.choice(("grey", "white"))
+    if age > 0.76 and rng.random() < 0.25:
+        return "grey"
+    return rng.choice(("black", "black", "brown") if dark else ("black", "brown", "brown", "blond", "blond", "red"))
+
+
+def person(seed: int) -> Person:
+    """The person of a seed."""
+    rng = random.Random(f"person {seed}")
+    woman = rng.random() < 0.5
+    age = rng.uniform(0.52, 1.0)
+    draws = [rng.gammavariate(0.45, 1) for _ in range(3)]
+    african, asian, caucasian = (d / sum(draws) for d in draws)
+    tone = african * rng.uniform(4.4, 7) + asian * rng.uniform(0.8, 3.4) + caucasian * rng.uniform(0, 3.0)
+    dark = african + asian > 0.55
+    styles = FEMALE_HAIR if woman else MALE_HAIR
+    return Person(
+        seed=seed, sex="woman" if woman else "man", age=age,
+        attributes=(float(woman), age, min(0.95, max(0.12, rng.gauss(0.5, 0.17))), african, asian, caucasian),
+        shape=tuple(rng.gauss(0, 1) for _ in range(64)), tone=min(7.0, max(0.0, tone)),
+        eye=rng.choice(("brown", "brown", "hazel") if dark else ("brown", "hazel", "green", "blue", "blue", "grey")),
+        hair=rng.choice(styles), hair_colour=_hair_colour(rng, age, dark),
+        beard=None if woman else rng.choice((None, None, "stubble", "moustache", "short", "full")),
+        brow=(rng.uniform(0.6, 1.05) if woman else rng.uniform(0.85, 1.5), rng.uniform(-0.2, 1.0), rng.gauss(0, 0.0016),
+              rng.uniform(-0.6, 0.6)),
+        lips=rng.uniform(0.35, 0.9) if woman else rng.uniform(0.05, 0.35), blush=rng.uniform(0.2, 1.0),
+        freckles=rng.uniform(0.4, 1.0) if tone < 1.8 and rng.random() < 0.35 else 0.0,
+        moles=tuple((rng.uniform(-0.05, 0.05), rng.uniform(0.61, 0.74)) for _ in range(rng.choice((0, 0, 1, 2)))),
+        glasses=rng.choice(("round", "square", "oval")) if rng.random() < 0.2 else None)
+
+
+def scene(who: Person, seed: int, usual_looks: float = 0.65) -> Scene:
+    """Picture number `seed` of a person; with probability `usual_looks` in the person's own hair and glasses.
+
+    Otherwise hair and glasses are drawn anew, so that what makes a person is the face.
+    """
+    rng = random.Random(f"scene {who.seed} {seed}")
+    usual = rng.random() < usual_looks
+    styles = FEMALE_HAIR if who.sex == "woman" else MALE_HAIR
+    hair = who.hair if usual else rng.choice(styles)
+    hair_colour = who.hair_colour if usual else rng.choice(captions.HAIR_COLOURS)
+    glasses = who.glasses if usual else (rng.choice(("round", "square", "oval")) if rng.random() < 0.2 else None)
+    expression = rng.choices(list(EXPRESSION_WEIGHTS), list(EXPRESSION_WEIGHTS.values()))[0]
+    yaw = max(-38.0, min(38.0, rng.gauss(0, 15)))
+    hat = rng.choice(list(captions.HATS)) if rng.random() < 0.25 else None
+    top, top_colour, second = rng.choice(list(captions.TOPS)), *rng.sample(captions.CLOTH_COLOURS, 2)
+    made = Scene(seed=seed, expression=expression, yaw=yaw, pitch=max(-12.0, min(12.0, rng.gauss(0, 5))),
+                 roll=rng.gauss(0, 4), background=rng.choice(list(captions.BACKGROUNDS)),
+                 gaze=(-math.radians(yaw) * 0.6 if rng.random() < 0.6 else rng.gauss(0, 0.14), rng.gauss(0, 0.05)),
+                 light=rng.choice(list(LIGHTS)), top=top, top_colour=top_colour, second_colour=second, hat=hat,
+                 hat_colour=rng.choice(captions.CLOTH_COLOURS), hair=hair, hair_colour=hair_colour, glasses=glasses,
+                 zoom=rng.uniform(0.92, 1.1), shift=(rng.gauss(0, 0.006), rng.gauss(0, 0.005)),
+                 exposure=rng.uniform(0.9, 1.12))
+    made.attributes.update(_visible(who, made))
+    return made
+
+
+def _visible(who: Person, made: Scene) -> dict:
+    """What a caption may say: the flat record of all that can be seen."""
+    covered = made.hat is not None and made.hair not in ("chin-length", "long", "wavy", "fringed")
+    top = made.top
+    return {"sex": who.sex, "age": who.age_word, "skin": who.skin_word, "beard": who.beard,
+            "hair": None if covered or (made.hat and made.hair == "fringed") else made.hair,
+            "hair_colour": None if covered or made.hair in ("bald", "buzz-cut") else made.hair_colour,
+            "glasses": made.glasses, "hat": made.hat, "hat_colour": made.hat_colour if made.hat else None,
+            "top": top, "top_colour": made.top_colour, "expression": made.expression,
+            "turn": "left" if made.yaw < -13 else "right" if made.yaw > 13 else None, "background": made.background,
+            "light": made.light}
+
+
+# Direction towards the light, its colour, its strength, and the strength of the light from all around.
+LIGHTS = {"soft": ((0.35, -0.9, 0.5), (1.0, 0.97, 0.93), 1.10, 0.55),
+          "left": ((-0.9, -0.6, 0.3), (1.0, 0.96, 0.9), 1.40, 0.36),
+          "right": ((0.9, -0.6, 0.3), (1.0, 0.96, 0.9), 1.40, 0.36),
+          "above": ((0.15, -0.6, 0.9), (1.0, 0.98, 0.95), 1.30, 0.40),
+          "warm": ((0.7, -0.7, 0.2), (1.0, 0.80, 0.58), 1.35, 0.40),
+          "cool": ((-0.5, -0.8, 0.4), (0.78, 0.9, 1.0), 1.15, 0.48)}

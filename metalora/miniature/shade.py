@@ -1,0 +1,257 @@
+"""Deferred shading: what colour each visible point is, and how the light falls on it.
+
+Brows, beard, lips, clothes and moles are functions of the point's place on the *template* head, so they follow every face
+and expression. All tensors are flat over the visible pixels of a batch; `of` looks a per-picture value up for each.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metalora.miniature.backdrop import AMBIENT
+from metalora.miniature.colour import linear
+from metalora.miniature.head import MASKS
+from metalora.miniature.people import CLOTH_RGB, EYE_RGB, HAIR_RGB, LIGHTS, SKIN_TONES, Person, Scene
+
+SKIN, EYE, TEETH, HAIR, HAT, GLASSES = range(6)
+EYE_RADIUS = 0.015
+LIP_COLOURS = ((170, 66, 70), (158, 60, 78), (184, 96, 86), (140, 48, 56))
+
+
+@dataclass
+class Surface:
+    """The visible points of a batch: (m, ...) each."""
+
+    picture: Tensor  # (m,) index of the picture
+    material: Tensor  # (m,)
+    position: Tensor  # (m, 3) in the posed world
+    place: Tensor  # (m, 3) on the template
+    normal: Tensor  # (m, 3)
+    view: Tensor  # (m, 3) towards the camera
+    occlusion: Tensor  # (m, 1)
+    masks: Tensor  # (m, 4)
+    along: Tensor  # (m,) coordinate of hair and hats
+    lit: Tensor  # (m, 1) 0 in shadow .. 1
+
+
+def step(low, high, x):
+    t = ((x - low) / (high - low)).clamp(0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def hashed(x: Tensor) -> Tensor:
+    """Repeatable white noise in 0..1."""
+    return (torch.sin(x) * 43758.547).frac().abs()
+
+
+def blend(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+    share = share[:, None] if share.dim() == 1 else share
+    return a + (b - a) * share
+
+
+def neckline(top: str, place: Tensor) -> Tensor:
+    """Height of a garment's upper edge at a template place (n, 3) -> (n,)."""
+    across, front = place[:, 0].abs(), ((-0.01 - place[:, 1]) / 0.03).clamp(0, 1)
+    return {"t-shirt": 0.553 + 0.25 * across, "striped": 0.556 + 0.25 * across,
+            "v-neck": front * (0.490 + 1.05 * across) + (1 - front) * (0.553 + 0.2 * across),
+            "turtleneck": 0.592 + 0.02 * front, "suit": 0.566 + 0.18 * across}[top]
+
+
+class Palette:
+    """Per-picture colours and numbers of a batch as tensors, to be looked up per pixel."""
+
+    def __init__(self, pairs: list[tuple[Person, Scene]], device: torch.device):
+        self.pairs, self.device = pairs, device
+        tones = torch.stack([linear(c, device) for c in SKIN_TONES])
+        tone = torch.tensor([who.tone for who, _ in pairs], device=device)
+        low = tone.long().clamp(max=len(SKIN_TONES) - 2)
+        self.skin = torch.lerp(tones[low], tones[low + 1], (tone - low)[:, None]) * 0.80
+        self.eye = self._colours(EYE_RGB[who.eye] for who, _ in pairs)
+        self.hair = self._colours(HAIR_RGB[s.hair_colour] for _, s in pairs)
+        self.brow_hair = self._colours(HAIR_RGB[who.hair_colour] for who, _ in pairs)
+        self.lip = self._colours(LIP_COLOURS[who.seed % 4] for who, _ in pairs)
+        self.top = self._colours(CLOTH_RGB[s.top_colour] for _, s in pairs)
+        self.second = self._colours(CLOTH_RGB[s.second_colour] for _, s in pairs)
+        self.hat = self._colours(CLOTH_RGB[s.hat_colour] for _, s in pairs)
+        self.frame = self._colours(((24, 22, 22), (92, 54, 30), (130, 24, 28))[(who.seed + s.seed) % 3] for who, s in pairs)
+        self.light_direction = torch.nn.functional.normalize(self.numbers(lambda w, s: LIGHTS[s.light][0]), dim=1)
+        self.light_colour = self.numbers(lambda w, s: [c * LIGHTS[s.light][2] for c in LIGHTS[s.light][1]])
+        self.ambient = self.numbers(lambda w, s: [c * LIGHTS[s.light][3] for c in AMBIENT[s.background]])
+
+    def _colours(self, colours) -> Tensor:
+        return torch.stack([linear(c, self.device) for c in colours])
+
+    def numbers(self, read) -> Tensor:
+        return torch.tensor([read(who, s) for who, s in self.pairs], dtype=torch.float32, device=self.device)
+
+
+def skin(s: Surface, p: Palette) -> tuple[Tensor, Tensor]:
+    """Albedo (m, 3) and gloss (m,) of skin, with all that grows on it and is worn on it."""
+    of = lambda table: table[s.picture]
+    x, y, z = s.place.unbind(1)
+    across, front = x.abs(), step(-0.06, -0.10, y)
+    base = of(p.skin)
+    dark = base.mean(1, keepdim=True)
+    looks = of(p.numbers(lambda w, _: (w.blush, w.lips, w.freckles, max(0.0, (w.age - 0.78) * 5), *w.brow, w.sex == "woman")))
+    blush, lips, freckles, wrinkled, thick, arch, height, slant, woman = looks.unbind(1)
+    cheek = torch.exp(-(((across - 0.043) / 0.018) ** 2 + ((z - 0.668) / 0.016) ** 2)) * front
+    nose = torch.exp(-((x / 0.016) ** 2 + ((z - 0.662) / 0.014) ** 2)) * step(-0.13, -0.15, y)
+    red = torch.tensor([0.22, -0.12, -0.10], device=x.device)
+    colour = base * (1 + (0.5 * cheek * blush + 0.35 * nose)[:, None] * red * (0.4 + dark))
+    under = torch.exp(-(((across - 0.028) / 0.016) ** 2 + ((z - 0.681) / 0.006) ** 2)) * front
+    colour = colour * (1 - under * (0.10 + 0.22 * wrinkled))[:, None]
+    colour = colour * (1 - wrinkled * _wrinkles(across, z, front))[:, None]
+    freckle = step(0.62, 0.8, hashed((x * 420).floor() * 12.9 + (z * 420).floor() * 78.2)) * freckles
+    freckle = freckle * torch.exp(-((across / 0.055) ** 4 + ((z - 0.675) / 0.025) ** 4)) * front
+    colour = colour * (1 - 0.4 * freckle[:, None] * torch.tensor([0.6, 1.0, 1.2], device=x.device))
+    colour = _moles(colour, s, p, x, z, front)
+    mouth = s.masks[:, MASKS.index("lips")]
+    natural = base * torch.tensor([0.82, 0.55, 0.53], device=x.device)
+    painted = of(p.lip) * (0.35 + 0.65 * (dark * 3).clamp(max=1))
+    colour = blend(colour, blend(natural, painted, lips), mouth)
+    lid = s.masks[:, MASKS.index("eyelids")] * (0.18 + 0.22 * woman)
+    colour = colour * (1 - lid[:, None] * torch.tensor([0.4, 0.5, 0.45], device=x.device))
+    colour = blend(colour, of(p.brow_hair) * 0.7, 0.9 * _brow(across, y, z, thick, arch, height, slant, x))
+    inside = s.masks[:, MASKS.index("inside-mouth")]
+    colour = blend(colour, torch.tensor([0.20, 0.04, 0.04], device=x.device) * (0.25 + 0.75 * s.occlusion), inside)
+    ears = s.masks[:, MASKS.index("ears")]
+    colour = _beard(colour, s, p, across, y, z, mouth, ears)
+    colour = _scalp(colour, s, p, x, y, z, ears)
+    gloss = 0.05 + 0.10 * mouth
+    return _garment(colour, gloss, s, p)
+
+
+def _wrinkles(across, z, front):
+    brow = (torch.sin(z * 820) * 0.5 + 0.5) ** 3 * step(0.727, 0.735, z) * step(0.055, 0.03, across) * front
+    crow = (torch.sin(z * 1100 + across * 500) * 0.5 + 0.5) ** 3 * torch.exp(-(((across - 0.060) / 0.010) ** 2 + ((z - 0.694) / 0.012) ** 2))
+    fold = torch.exp(-(((across - 0.020 - 0.30 * (0.662 - z).clamp(0, 0.04)) / 0.0026) ** 2)) * step(0.625, 0.635, z) * step(0.664, 0.656, z) * front
+    return 0.14 * brow + 0.16 * crow + 0.28 * fold
+
+
+def _moles(colour, s, p, x, z, front):
+    for k in (0, 1):
+        spot = p.numbers(lambda w, _: w.moles[k] if len(w.moles) > k else (9.0, 9.0))[s.picture]
+        distance = ((x - spot[:, 0]) ** 2 + (z - spot[:, 1]) ** 2).sqrt()
+        colour = colour * (1 - 0.75 * (step(0.0028, 0.0014, distance) * front)[:, None])
+    return colour
+
+
+def _brow(across, y, z, thick, arch, height, slant, x):
+    t = ((across - 0.011) / 0.038)
+    inside = t.clamp(0, 1)
+    centre = 0.7195 + height + 0.0065 * (0.55 + 0.45 * arch) * torch.sin(inside * 2.35) - 0.0045 * inside**2 + slant * (t - 0.5) * 0.004
+    half = 0.0044 * thick * (1.05 - 0.75 * inside**1.5)
+    hairs = hashed((x * 900 + z * 400).floor()) - 0.5
+    return step(half * 1.3, half * 0.5, (z - centre).abs() + hairs * 0.0014) * step(-0.06, 0.22, t) * step(1.05, 0.8, t) * step(-0.07, -0.10, y)
+
+
+def _beard(colour, s, p, across, y, z, mouth, ears):
+    amount = p.numbers(lambda w, _: {None: (0, 0), "stubble": (0.35, 0.35), "moustache": (0.0, 0.9), "short": (0.75, 0.7), "full": (0.93, 0.93)}[w.beard])[s.picture]
+    if not bool((amount > 0).any()):
+        return colour
+    jaw = step(0.012, -0.006, z - (0.620 + 0.060 * step(0.028, 0.078, across))) * step(0.565, 0.590, z) * step(-0.015, -0.055, y)
+    lip = torch.exp(-(((across - 0.010) / 0.017) ** 4 + ((z - 0.6415) / 0.0058) ** 4)) * step(-0.06, -0.10, y)
+    grain = 0.75 + 0.5 * hashed((s.place * 500).floor() @ torch.tensor([12.9, 78.2, 37.7], device=z.device))
+    share = (torch.maximum(jaw * amount[:, 0], lip * amount[:, 1]) * (1 - mouth) * (1 - ears) * grain).clamp(0, 1)
+    return blend(colour, p.brow_hair[s.picture] * (0.6 + 0.4 * grain)[:, None], share)
+
+
+def _scalp(colour, s, p, x, y, z, ears):
+    kind = p.numbers(lambda w, scene: {"bald": 0.0, "buzz-cut": 0.72}.get(scene.hair, 0.95))[s.picture]
+    degrees = torch.atan2(x, -(y + 0.02)).abs() * (180 / math.pi)
+    knots = torch.tensor([0, 42, 58, 72, 84, 90, 112, 122, 140, 180.0], device=x.device)
+    heights = torch.tensor([.766, .760, .748, .730, .700, .724, .727, .69, .65, .625], device=x.device)
+    k = torch.bucketize(degrees, knots).clamp(1, len(knots) - 1)
+    line = torch.lerp(heights[k - 1], heights[k], (degrees - knots[k - 1]) / (knots[k] - knots[k - 1]))
+    share = step(-0.004, 0.008, z - line) * (1 - ears) * kind
+    return blend(colour, p.hair[s.picture] * 0.75, share)
+
+
+def _garment(colour, gloss, s, p):
+    """Clothes are where the template lies below the neckline; their thickness is in the geometry."""
+    x, y, z = s.place.unbind(1)
+    for top in {scene.top for _, scene in p.pairs}:
+        wears = p.numbers(lambda _, scene: scene.top == top)[s.picture]
+        edge = neckline(top, s.place)
+        share = wears * step(-0.0005, 0.0015, edge - z)
+        cloth = p.top[s.picture]
+        if top == "striped":
+            cloth = torch.where((torch.sin(z * 330) > 0)[:, None], cloth, p.second[s.picture])
+        if top == "suit":
+            cloth = _suit(cloth, p.second[s.picture], x, y, z)
+        rib = (0.9 + 0.1 * torch.sin(x * 900)) if top in ("turtleneck", "v-neck") else 1.0 + 0 * x
+        hem = 1 - 0.25 * step(0.008, 0.004, edge - z)
+        colour = blend(colour, cloth * (rib * hem)[:, None], share)
+        gloss = gloss * (1 - share)
+    return colour, gloss
+
+
+def _suit(cloth, tie, x, y, z):
+    depth, front = (0.566 - z) * 0.62, y < 0
+    shirt = (x.abs() < 0.050 - depth * 0.30) & front
+    knot = (x.abs() < 0.009 + 0.05 * (0.548 - z).clamp(0, 0.1)) & front & (z < 0.560)
+    lapel = ((x.abs() - (0.056 - depth * 0.30)).abs() < 0.004) & front
+    cloth = torch.where(shirt[:, None], torch.full_like(cloth, 0.8), cloth * 0.6)
+    return torch.where(knot[:, None], tie * 0.8, torch.where(lapel[:, None], cloth * 0.5, cloth))
+
+
+def eyes(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Albedo, normal and catch-light of eyeballs. centres: (pictures, 2, 3) left and right; gaze, up: (pictures, 3)."""
+    left = (s.place[:, 0] > 0).long()
+    centre = centres[s.picture, 1 - left]
+    towards = torch.nn.functional.normalize(s.position - centre, dim=1)
+    angle = torch.acos((towards * gaze[s.picture]).sum(1).clamp(-1, 1))
+    white = torch.tensor([0.70, 0.67, 0.64], device=angle.device).expand(len(angle), 3)
+    ring = 1.2 - 0.8 * step(0.30, 0.46, angle)
+    colour = blend(white, p.eye[s.picture] * 1.3 * ring[:, None], step(0.48, 0.44, angle))
+    colour = colour * (1 - 0.97 * step(0.22, 0.17, angle))[:, None]
+    height = ((s.position - centre) * up[s.picture]).sum(1) / EYE_RADIUS
+    colour = colour * (0.3 + 0.7 * step(0.62, 0.10, height))[:, None]
+    glint = torch.nn.functional.normalize(p.light_direction + torch.tensor([0.0, -0.8, 0.25], device=angle.device), dim=1)
+    shine = (towards * glint[s.picture]).sum(1).clamp(min=0) ** 220
+    return colour, towards, shine[:, None] * 0.9 * p.light_colour[s.picture] * 0.6
+
+
+def albedo(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Albedo (m, 3), gloss (m,) and own light (m, 3) of every point; eye normals are set on the surface."""
+    colour = torch.zeros_like(s.position)
+    gloss, glow = torch.zeros(len(colour), device=colour.device), torch.zeros_like(colour)
+    for material in range(6):
+        chosen = (s.material == material).nonzero()[:, 0]
+        if not len(chosen):
+            continue
+        part = Surface(**{name: value[chosen] for name, value in vars(s).items()})
+        if material == SKIN:
+            colour[chosen], gloss[chosen] = skin(part, p)
+        elif material == EYE:
+            colour[chosen], s.normal[chosen], glow[chosen] = eyes(part, p, centres, gaze, up)
+        elif material == TEETH:
+            colour[chosen] = torch.tensor([0.72, 0.68, 0.60], device=colour.device) * step(-0.06, -0.105, part.position[:, 1])[:, None]
+        elif material == HAIR:
+            strand = 0.62 + 0.75 * part.along.clamp(0, 1)
+            colour[chosen], gloss[chosen] = p.hair[part.picture] * strand[:, None], 0.10
+        elif material == HAT:
+            knit = 0.85 + 0.2 * torch.sin(part.along * 60)
+            colour[chosen] = p.hat[part.picture] * knit[:, None]
+        else:
+            colour[chosen], gloss[chosen] = p.frame[part.picture], 0.4
+    return colour, gloss, glow
+
+
+def illuminate(s: Surface, p: Palette, colour: Tensor, gloss: Tensor, glow: Tensor) -> Tensor:
+    """Linear light (m, 3) that reaches the camera: wrapped, reddened diffuse for skin, soft fill, gloss, rim."""
+    soft = torch.where(s.material == SKIN, 1.0, 0.0)[:, None] + torch.where(s.material == HAIR, 0.35, 0.0)[:, None]
+    towards = p.light_direction[s.picture]
+    facing = (s.normal * towards).sum(1, keepdim=True)
+    wrap = soft * torch.tensor([0.32, 0.18, 0.12], device=colour.device)
+    diffuse = ((facing + wrap) / (1 + wrap)).clamp(min=0)
+    lit = s.lit + (1 - s.lit) * soft * torch.tensor([0.10, 0.04, 0.03], device=colour.device)
+    fill = ((s.normal @ torch.tensor([0.0, -0.97, 0.24], device=colour.device)) * 0.5 + 0.5)[:, None] ** 1.5
+    around = p.ambient[s.picture] * s.occlusion * (0.40 + 0.75 * fill)
+    half = torch.nn.functional.normalize(towards + s.view, dim=1)
+    highlight = (s.normal * half).sum(1).clamp(min=0) ** 18 * gloss * (facing[:, 0] > 0)
+    rim = (1 - (s.normal * s.view).sum(1).clamp(0, 1)) ** 4 * 0.08
+    light = colour * (p.light_colour[s.picture] * diffuse * lit * (0.55 + 0.45 * s.occlusion) + around)
+    return light + glow + (highlight[:, None] * 1.6 * s.lit + rim[:, None] * soft) * p.light_colour[s.picture] * 0.5
