@@ -135,7 +135,7 @@ def _load_pipeline(folder: Path, dtype: torch.dtype) -> FluxPipeline:
         kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
         if kind != "FluxPipeline":
             raise MetaLoraError(f"The base in {folder} is a {kind}; only FLUX pipelines are understood.")
-        pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise MetaLoraError(f"The base in {folder} cannot be read ({str(error).splitlines()[0][:120]}); get it afresh.") from error
     pipeline.set_progress_bar_config(disable=True)

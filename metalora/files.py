@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +73,8 @@ def load_tensors(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[s
 
 def _refuse_pickle(path: Path, what: str) -> None:
     with path.open("rb") as file:
-        start = file.read(2)
-    if path.suffix.lower() in PICKLE_SUFFIXES or zipfile.is_zipfile(path) or (start[:1] == b"\x80" and start[1:2] <= b"\x05"):
+        start = file.read(9)
+    # A safetensors file may start with pickle's two bytes too (they are its header's length), but its ninth is a brace.
+    pickled = start[:1] == b"\x80" and start[1:2] <= b"\x05" and start[8:] != b"{"
+    if path.suffix.lower() in PICKLE_SUFFIXES or start.startswith(b"PK\x03\x04") or pickled:
         raise MetaLoraError(f"{path.name} may hold a pickle, which can run code, so it was not opened; {what} is a .safetensors file.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ NOTE = "AI-generated"
 KEPT_LOADED = 8  # people that stay loaded, so that switching costs nothing; the longest unused leaves first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Person:
     """An ordinary LoRA under diffusers' names, the words that call it, and how strongly it counts."""
 
@@ -50,22 +51,25 @@ class GenerateConfig:
 
 
 def use_people(base: Base, people: Sequence[Person]) -> None:
-    """Make exactly these people active, each with its weight; nobody means the base alone."""
-    pipeline = base.pipeline
+    """Make exactly these people active, each with its weight; nobody means the base alone. Who comes twice counts twice."""
+    weights: dict[str, float] = {}
     loaded = list(getattr(base.transformer, "peft_config", {}))
     for person in people:
-        if person.adapter_name in loaded:
-            loaded.remove(person.adapter_name)
-        else:
-            pipeline.load_lora_weights(dict(person.lora), adapter_name=person.adapter_name)
-    spare = loaded[: max(0, len(loaded) + len(people) - KEPT_LOADED)]
+        name = person.adapter_name
+        if name not in loaded and name not in weights:
+            with warnings.catch_warnings():  # PEFT warns about the second adapter, which is what we want
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                base.transformer.load_lora_adapter(dict(person.lora), adapter_name=name)
+        weights[name] = weights.get(name, 0.0) + person.weight
+    others = [name for name in loaded if name not in weights]
+    spare = others[: max(0, len(others) + len(weights) - KEPT_LOADED)]
     if spare:
-        pipeline.delete_adapters(spare)
-    if people:
-        pipeline.enable_lora()
-        pipeline.set_adapters([p.adapter_name for p in people], [p.weight for p in people])
-    elif loaded:
-        pipeline.disable_lora()
+        base.transformer.delete_adapters(spare)
+    if weights:
+        base.transformer.enable_lora()
+        base.transformer.set_adapters(list(weights), list(weights.values()))
+    elif others:
+        base.transformer.disable_lora()
 
 
 def unload_people(base: Base) -> None:
@@ -84,7 +88,7 @@ def generate(
     Raises MetaLoraError for an empty prompt, a size that FLUX cannot do, or a setting out of range.
     """
     width, height, steps, guidance = _resolve(base, config)
-    filled = [fill(prompt, " and ".join(p.words for p in people)) for prompt in prompts]
+    filled = [fill(prompt, " and ".join(p.words for p in people if p.words)) for prompt in prompts]
     use_people(base, people)
     every, done = steps * len(filled) * config.count, 0
 

@@ -1,0 +1,53 @@
+"""The person in a prompt, and settings files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metalora import MetaLoraError
+from metalora.config import AdaptConfig, BaseSettings, overlay
+from metalora.prompts import fill
+
+
+def test_the_person_stands_where_the_prompt_says_or_in_front():
+    assert fill("a photo of {person} in a cap", "sks woman") == "a photo of sks woman in a cap"
+    assert fill("in a red cap", "sks man") == "sks man, in a red cap"
+    assert fill("a park", "") == "a park"
+
+
+@given(st.text().filter(str.strip))
+def test_any_prompt_gets_the_person_and_no_place_is_left(prompt):
+    filled = fill(prompt, "sks woman")
+    assert "sks woman" in filled and "{person}" not in filled.replace("sks woman", "")
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_refused(prompt):
+    with pytest.raises(MetaLoraError, match="empty"):
+        fill(prompt, "sks woman")
+
+
+def test_settings_come_from_the_file_beside_the_base(tmp_path):
+    (tmp_path / "face").mkdir()
+    folder = tmp_path / "base"
+    folder.mkdir()
+    assert BaseSettings.load(folder) == BaseSettings()
+    values = {"resolution": 96, "guidance": 1, "adapter": {"rank": 2}, "face_pack": "../face", "caption_phrases": [["a", "b"]]}
+    (folder / "metalora.json").write_text(json.dumps(values))
+    got = BaseSettings.load(folder)
+    assert (got.resolution, got.train_resolution, got.guidance, got.adapter.rank, got.adapter.meta_rank) == (96, 96, 1.0, 2, 16)
+    assert got.face_pack == str((tmp_path / "face").resolve()) and got.caption_phrases == (("a", "b"),)
+    for text, words in (("{", "not valid JSON"), ("[]", "one JSON object"), ('{"ranks": 1}', "no setting named ranks"), ('{"resolution": "x"}', "must be a int")):
+        (folder / "metalora.json").write_text(text)
+        with pytest.raises(MetaLoraError, match=words):
+            BaseSettings.load(folder)
+
+
+def test_an_overlay_changes_what_it_names_only():
+    got = overlay(AdaptConfig(), {"steps": 9, "flow": {"logit_mean": 1}})
+    assert got.steps == 9 and got.flow.logit_mean == 1.0 and got.flow.logit_std == AdaptConfig().flow.logit_std
+    assert overlay(AdaptConfig(), {}) == AdaptConfig()

@@ -1,0 +1,221 @@
+"""Cache, training loop, stage 2 and stage 1: repeatable, resumable, and without a trace when stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from metalora import MetaLoraError
+from metalora.adapt import adapt, crops
+from metalora.adapter import attach
+from metalora.cache import encode, mirrored, to_tensor
+from metalora.config import AdaptConfig, FlowConfig, MetaConfig
+from metalora.meta import _members, bucket_of_photos, meta_train
+from metalora.train import Clock, draw_rows, fit, flow_loss, optimizer
+
+from .conftest import make_meta_down, run, state_hash
+
+META = MetaConfig(rounds=3, bucket_size=2, bucket_steps=4, warmup_steps=2, batch_size=3, learning_rate=0.05, down_learning_rate=0.05)
+
+
+def equal(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(x, y) for k in one for x, y in zip(one[k], other[k]))
+
+
+# ---- cache
+
+
+def test_latents_are_paired_with_their_captions_by_picture(base):
+    images = torch.rand(5, 3, 32, 32) * 2 - 1
+    captions = ["a photo of sks woman", "a red cap", "a photo of sks woman", "a green park", "a red cap"]
+    data = encode(base, images, captions)
+    assert data.caption.tolist() == [0, 1, 0, 2, 1] and len(data.text.embeds) == 3
+    alone = encode(base, images[3:4], captions[3:4])
+    torch.testing.assert_close(data.mean[3:4], alone.mean)
+    torch.testing.assert_close(data.text.rows(data.caption[3:4]).embeds, alone.text.embeds)
+
+
+def test_selecting_subjects_renumbers_them_and_keeps_their_pictures(people):
+    part = people.select([4, 1])
+    assert part.subjects == 2 and len(part) == 6
+    for new, old in ((0, 4), (1, 1)):
+        ours, theirs = part.subject == new, people.subject == old
+        assert torch.equal(part.mean[ours], people.mean[theirs])
+        assert torch.equal(part.text.rows(part.caption[ours]).embeds, people.text.rows(people.caption[theirs]).embeds)
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(40, 200), height=st.integers(40, 200), data=st.data())
+def test_crops_hold_the_face_and_lie_in_the_picture(width, height, data):
+    face = data.draw(st.integers(4, min(width, height)))
+    left, top = data.draw(st.integers(0, width - face)), data.draw(st.integers(0, height - face))
+    image = Image.new("RGB", (width, height), (0, 0, 255))
+    image.paste((255, 0, 0), (left, top, left + face, top + face))
+    cut = crops(image, (left, top, left + face, top + face), 64, AdaptConfig(crops=4))
+    assert len(cut) == 8 and {c.size for c in cut} == {(64, 64)}
+    for crop in cut:  # the share of red says that the face is whole: at least that of the largest square
+        red = sum(p[0] > 127 for p in crop.get_flattened_data()) if hasattr(crop, "get_flattened_data") else sum(p[0] > 127 for p in crop.getdata())
+        assert red >= 0.7 * 64**2 * face**2 / min(width, height) ** 2 - 64
+    again = crops(image, (left, top, left + face, top + face), 64, AdaptConfig(crops=4))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(cut, again))
+
+
+def test_mirrored_pictures_are_mirror_images():
+    image = Image.effect_noise((8, 8), 50).convert("RGB")
+    one, other = to_tensor(mirrored([image]))
+    assert torch.equal(one, other.flip(-1)) and one.min() >= -1 and one.max() <= 1
+
+
+# ---- the loop
+
+
+@settings(max_examples=20, deadline=None)
+@given(batch=st.integers(1, 8), seed=st.integers(0, 99))
+def test_batches_mix_subjects_evenly(people, batch, seed):
+    rows = draw_rows(people, batch, torch.Generator().manual_seed(seed))
+    seen = [int(people.subject[i]) for _ in range(12) for i in next(rows)]
+    full = seen[: len(seen) // 6 * 6]
+    assert all(sorted(full[i : i + 6]) == [0, 1, 2, 3, 4, 5] for i in range(0, len(full), 6))
+
+
+def test_the_loss_is_that_of_a_plain_flow_step(base, photo):
+    rows, g = torch.tensor([0, 2]), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        got = flow_loss(base, photo, rows, g, FlowConfig())
+    g = torch.Generator().manual_seed(5)
+    spread, noise = torch.randn(2, 2, *photo.mean.shape[1:], generator=g)
+    from metalora.flow import sample_sigmas
+
+    sigma = sample_sigmas(2, g)[:, None, None]
+    x = photo.mean[rows] + photo.std[rows] * spread
+    with torch.no_grad():
+        v = base.velocity((1 - sigma) * x + sigma * noise, sigma.flatten(), photo.text.rows(photo.caption[rows]), photo.image_ids, 1.0)
+    torch.testing.assert_close(got, (v - (noise - x)).square().mean())
+
+
+def test_a_loss_that_is_no_number_is_a_sentence(base, photo, meta_down):
+    broken = replace(photo, mean=photo.mean * float("nan"))
+    with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter, pytest.raises(MetaLoraError, match="astray"):
+        next(fit(base, adapter, broken, [optimizer(adapter.heads(), 0.1)], steps=1, batch_size=1,
+                 generator=torch.Generator(), flow_config=FlowConfig(), max_grad_norm=1.0))  # fmt: skip
+
+
+def test_reports_count_up_and_time_runs_out():
+    clock = Clock(3)
+    reports = [clock.tick(0.5) for _ in range(3)]
+    assert [r.step for r in reports] == [1, 2, 3] and reports[-1].seconds_left == 0 and all(r.steps == 3 for r in reports)
+
+
+# ---- stage 2
+
+
+def test_training_lowers_the_loss_on_the_photo(base, photo, meta_down, config):
+    def loss(identity=None):
+        total = 0.0
+        with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter, torch.no_grad():
+            if identity:
+                adapter.load_factors(identity.factors)
+            for seed in range(20):
+                total += flow_loss(base, photo, torch.arange(3), torch.Generator().manual_seed(seed), FlowConfig()).item()
+        return total
+
+    _, identity = run(adapt(base, meta_down, photo, replace(config, steps=40, learning_rate=0.02)))
+    assert loss(identity) < 0.98 * loss()
+
+
+def test_the_same_seed_gives_the_same_identity(base, photo, meta_down, config):
+    before = state_hash(base.transformer)
+    reports, one = run(adapt(base, meta_down, photo, config))
+    torch.randn(7)  # the global random state plays no part
+    again, two = run(adapt(base, meta_down, photo, config, preview=lambda: None, preview_every=2))
+    _, other = run(adapt(base, meta_down, photo, replace(config, seed=1)))
+    assert equal(one.factors, two.factors) and [r.loss for r in reports] == [r.loss for r in again]
+    assert one.sha256 == two.sha256 != other.sha256
+    assert [r.step for r in reports] == list(range(1, 7)) and (one.steps, one.seed, one.noun) == (6, 0, "woman")
+    assert state_hash(base.transformer) == before
+
+
+@pytest.mark.parametrize("stop", [1, 3, 6])
+def test_stopping_at_any_step_leaves_the_base_as_it_was(base, photo, meta_down, config, stop):
+    before = state_hash(base.transformer)
+    steps = adapt(base, meta_down, photo, config)
+    for _ in range(stop):
+        next(steps)
+    assert state_hash(base.transformer) != before
+    steps.close()
+    assert state_hash(base.transformer) == before
+
+
+def test_previews_come_when_asked_and_after_the_last_step(base, photo, meta_down, config):
+    reports, _ = run(adapt(base, meta_down, photo, config, preview=lambda: "picture", preview_every=4))
+    assert [r.step for r in reports if r.preview] == [4, 6]
+
+
+def test_a_meta_down_of_another_base_is_refused(base, photo, meta_down, config):
+    with pytest.raises(MetaLoraError, match="learnt on the base"):
+        next(adapt(base, replace(meta_down, base_fingerprint="0" * 64), photo, config))
+
+
+# ---- stage 1
+
+
+def train_meta(base, people, config=META, **more):
+    return meta_train(base, 6, people.select, "woman", config, name="t", **more)
+
+
+def test_stage_one_changes_down_only_after_the_warm_up(base, people):
+    before = state_hash(base.transformer)
+    start = make_meta_down(base, base.settings.adapter, seed=META.seed)
+    _, held = run(train_meta(base, people, replace(META, warmup_steps=4)))
+    reports, free = run(train_meta(base, people))
+    assert all(torch.equal(held.tensors[k], start.tensors[k]) for k in start.tensors)
+    assert all(not torch.equal(free.tensors[k], start.tensors[k]) for k in start.tensors)
+    assert [r.step for r in reports] == list(range(1, 13)) and free.base_fingerprint == base.fingerprint
+    assert state_hash(base.transformer) == before
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6, 11])
+def test_stage_one_goes_on_from_a_checkpoint_exactly(base, people, tmp_path, stop):
+    _, whole = run(train_meta(base, people))
+    broken = train_meta(base, people, folder=tmp_path)
+    for _ in range(stop):
+        next(broken)
+    broken.close()
+    reports, resumed = run(train_meta(base, people, folder=tmp_path))
+    assert reports[0].step == stop // 4 * 4 + 1 if stop % 4 else True
+    assert resumed.sha256 == whole.sha256
+
+
+def test_a_checkpoint_of_another_training_is_refused(base, people, tmp_path):
+    run(train_meta(base, people, replace(META, rounds=1), folder=tmp_path))
+    with pytest.raises(MetaLoraError, match="another training .config differ"):
+        next(train_meta(base, people, replace(META, seed=4), folder=tmp_path))
+
+
+@given(subjects=st.integers(1, 12), size=st.integers(1, 12), seed=st.integers(0, 5))
+def test_every_subject_comes_once_in_a_lap_and_never_twice_in_a_bucket(subjects, size, seed):
+    size = min(size, subjects)
+    buckets = [_members(subjects, size, n, seed) for n in range(subjects)]
+    assert all(len(set(b)) == size for b in buckets)
+    whole = [s for b in buckets[: subjects // size] for s in b]
+    assert len(set(whole)) == len(whole)
+
+
+def test_stage_one_reads_photos_from_disk(base, tmp_path):
+    shown = []
+    for i in range(4):
+        Image.effect_noise((40, 48), 60).convert("RGB").save(tmp_path / f"{i}.png")
+        shown.append((tmp_path / f"{i}.png", "{person} smiling"))
+    data = bucket_of_photos(base, [shown[:1], shown[1:3], shown[3:]], "sks woman")([2, 1])
+    assert data.subject.tolist() == [0, 1, 1, 0, 1, 1] and len(data.text.embeds) == 1
+    assert torch.equal(data.text.embeds, base.encode_prompts(["sks woman smiling"]).embeds)
+
+
+def test_stage_one_without_subjects_is_a_sentence(base, people):
+    with pytest.raises(MetaLoraError, match="no subject"):
+        next(meta_train(base, 0, people.select, "woman", META, name="t"))
