@@ -14,6 +14,7 @@ from .errors import Cancelled, MetaLoraError
 # Must stand before torch loads. With OpenMP's default, threads that wait spin, and a small model on a busy machine becomes
 # twenty times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns on import that torchvision, which nothing here needs, is missing
 
 if TYPE_CHECKING:
     from .identity import Identity

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
@@ -53,6 +55,7 @@ class Base:
         if place.type == "cuda" and not torch.cuda.is_available():
             raise MetaLoraError("There is no usable GPU on this machine; leave the device out, or choose cpu.")
         folder = hub.base_folder(str(name))
+        _quiet()
         settings = BaseSettings.load(folder)
         pipeline = _load_pipeline(folder, torch.bfloat16 if place.type == "cuda" else torch.float32)
         lean = place.type == "cuda" and torch.cuda.get_device_properties(place).total_memory < LEAN_BELOW
@@ -128,6 +131,12 @@ def fingerprint(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(file.read(2**20))
     return digest.hexdigest()
+
+
+def _quiet() -> None:
+    """Keep the libraries' bars for the reading of each component off the screen; downloads still show theirs."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _load_pipeline(folder: Path, dtype: torch.dtype) -> FluxPipeline:
