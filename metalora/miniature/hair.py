@@ -14,7 +14,7 @@ from torch import Tensor
 from metalora.miniature.head import MASKS, HeadModel, load_head
 
 CENTRE = np.array([0.0, -0.02, 0.715])
-SEGMENTS = 6
+SEGMENTS = 5
 VARIANTS = 6
 
 
@@ -51,8 +51,8 @@ STYLES = {
     "short": Style(0.045, 0.016, 0.007, "crown"),
     "side-parted": Style(0.075, 0.022, 0.007, "side"),
     "swept-back": Style(0.085, 0.022, 0.008, "back"),
-    "curly": Style(0.045, 0.030, 0.022, "tangled", 0.15, 0.006, width=0.013),
-    "afro": Style(0.040, 0.056, 0.046, "tangled", 0.0, 0.006, width=0.014),
+    "curly": Style(0.045, 0.030, 0.022, "tangled", 0.15, 0.006, width=0.016),
+    "afro": Style(0.040, 0.056, 0.046, "tangled", 0.0, 0.006, width=0.017),
     "chin-length": Style(0.20, 0.018, 0.016, "centre", 0.9),
     "fringed": Style(0.19, 0.018, 0.016, "centre", 0.9, fringe=0.075),
     "long": Style(0.30, 0.016, 0.014, "centre", 0.9),
@@ -148,7 +148,7 @@ def hair(name: str, variant: int) -> Prop:
     """The locks of a style on the template head; `variant` 0..VARIANTS-1 changes the parting and the strands."""
     style, rng = STYLES[name], np.random.default_rng(variant * 1000 + sorted(STYLES).index(name))
     tangled = style.flow == "tangled"
-    d = _roots(rng, 800 if tangled else 420)
+    d = _roots(rng, 560 if tangled else 420)
     n = len(d)
     azimuth, height = _angles(d)
     part = 0.0 if style.flow == "centre" and variant % 2 else rng.uniform(-0.45, 0.45)

@@ -7,7 +7,7 @@ of its boxes in one tensor operation, and the nearest triangle of a pixel wins a
 import torch
 from torch import Tensor
 
-_BOX_SIDES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512)
+_BOX_SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512)
 _EMPTY = torch.iinfo(torch.int64).max
 _DEPTH_STEPS = 1_000_000  # per metre: a micrometre
 
@@ -39,7 +39,7 @@ def rasterize(points: Tensor, picture: Tensor, pictures: int, size: int, two_sid
     for side in _BOX_SIDES:
         chosen = (seen & (extent > smaller) & (extent <= side)).nonzero()[:, 0]
         smaller = side
-        for part in chosen.split(max(1, 4_000_000 // side**2)):
+        for part in chosen.split(max(1, 150_000 // side**2)):
             _scatter_boxes(keys, part, points, planes, low, high, picture, side, size)
     empty = keys == _EMPTY
     index = torch.where(empty, -1, keys & 0xFFFFFFFF).view(pictures, size, size)
@@ -49,12 +49,13 @@ def rasterize(points: Tensor, picture: Tensor, pictures: int, size: int, two_sid
 
 def _scatter_boxes(keys, part, points, planes, low, high, picture, side, size) -> None:
     offset = torch.arange(side, device=keys.device)
-    x = low[part, 0, None, None] + offset[None, None, :]  # (n, 1, side)
-    y = low[part, 1, None, None] + offset[None, :, None]  # (n, side, 1)
-    plane = planes[part][..., None, None]
-    first, second = (plane[:, k, 0] * (x + 0.5) + plane[:, k, 1] * (y + 0.5) + plane[:, k, 2] for k in (0, 1))
-    inside = (first >= 0) & (second >= 0) & (first + second <= 1) & (x <= high[part, 0, None, None]) \
-        & (y <= high[part, 1, None, None])
+    x = low[part, 0, None] + offset + 0.5  # (n, side)
+    y = low[part, 1, None] + offset + 0.5  # (n, side)
+    plane = planes[part][..., None]
+    first, second = ((plane[:, k, 0] * x)[:, None] + (plane[:, k, 1] * y + plane[:, k, 2])[..., None] for k in (0, 1))
+    # Columns and rows beyond the picture's edge must lose too: their weights are made negative.
+    first = torch.where((x > high[part, 0, None] + 1)[:, None] | (y > high[part, 1, None] + 1)[..., None], -1.0, first)
+    inside = torch.minimum(torch.minimum(first, second), 1 - first - second) >= 0  # (n, side, side)
     row, dy, dx = inside.nonzero(as_tuple=True)
     triangle = part[row]
     z = points[triangle][..., 2]
