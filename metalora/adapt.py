@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from .adapter import Adapter, attach
+from .adapter import Adapter, attach, attach_plain, trainable
 from .base import Base
 from .cache import TrainingSet, mirrored
-from .config import AdaptConfig
-from .identity import Identity, make_identity
+from .config import AdaptConfig, AdapterConfig
+from .identity import Identity, diffusers_names, make_identity
 from .metadown import MetaDown
 from .train import Clock, StepReport, fit, optimizer, warmup
 
@@ -63,23 +64,30 @@ def adapt(
     generator = torch.Generator().manual_seed(config.seed)
     with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter, base.resident("transformer"):
         adapter.start(generator)
-        clock = Clock(config.steps)
-        for loss in fit_person(base, adapter, data, config, generator):
-            due = preview is not None and preview_every > 0 and ((clock.done + 1) % preview_every == 0 or clock.done + 1 == config.steps)
-            yield clock.tick(loss, preview() if preview and due else None)
+        yield from _steps(base, adapter, data, config, generator, preview, preview_every)
         factors = adapter.factors()
     noun, trigger = meta_down.domain, base.settings.trigger
     return make_identity(factors, meta_down, noun=noun, trigger=trigger, steps=config.steps, seed=config.seed)
 
 
-def fit_person(base: Base, adapter: Adapter, data: TrainingSet, config: AdaptConfig, generator: torch.Generator):
-    """The steps of one person on an attached adapter of any kind, the plain LoRA of the baseline too; yields losses."""
-    parameters = [p for p in [*adapter.heads(), *adapter.downs()] if p.requires_grad]
-    return fit(
+def adapt_plain(base: Base, data: TrainingSet, config: AdaptConfig, shape: AdapterConfig) -> Generator[StepReport, None, dict[str, Tensor]]:
+    """The baseline that needs no stage 1: an ordinary LoRA of rank `shape.rank` on the same layers; returns it under diffusers' names."""
+    generator = torch.Generator().manual_seed(config.seed)
+    with attach_plain(base.transformer, shape, generator) as adapter, base.resident("transformer"):
+        yield from _steps(base, adapter, data, config, generator)
+        return diffusers_names(adapter.lora())
+
+
+def _steps(
+    base: Base, adapter: Adapter, data: TrainingSet, config: AdaptConfig, generator: torch.Generator,
+    preview: Preview | None = None, preview_every: int = 0,
+) -> Iterator[StepReport]:  # fmt: skip
+    clock = Clock(config.steps)
+    losses = fit(
         base,
         adapter,
         data.to(base.device, base.dtype),
-        [optimizer(parameters, config.learning_rate, config.weight_decay)],
+        [optimizer(list(trainable(adapter)), config.learning_rate, config.weight_decay)],
         steps=config.steps,
         batch_size=config.batch_size,
         generator=generator,
@@ -87,3 +95,7 @@ def fit_person(base: Base, adapter: Adapter, data: TrainingSet, config: AdaptCon
         max_grad_norm=config.max_grad_norm,
         rate=warmup(config.warmup_steps),
     )
+    for loss in losses:
+        step = clock.done + 1
+        due = preview_every > 0 and (step % preview_every == 0 or step == config.steps)
+        yield clock.tick(loss, preview() if preview and due else None)

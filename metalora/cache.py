@@ -20,7 +20,7 @@ from .base import Base, Text
 CHUNK = 32  # pictures or prompts encoded at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingSet:
     """k pictures of n subjects, encoded. Latents are packed as the transformer takes them."""
 
@@ -47,8 +47,8 @@ class TrainingSet:
 
     def select(self, subjects: Sequence[int]) -> TrainingSet:
         """The pictures of these subjects only, renumbered 0, 1, … in the order given."""
-        number = torch.full((self.subjects,), -1)
-        number[torch.tensor(subjects)] = torch.arange(len(subjects))
+        number = torch.full((self.subjects,), -1, device=self.subject.device)
+        number[torch.tensor(subjects)] = torch.arange(len(subjects), device=self.subject.device)
         kept = (number[self.subject] >= 0).nonzero().flatten()
         captions, caption = self.caption[kept].unique(return_inverse=True)
         return replace(

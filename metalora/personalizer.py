@@ -152,7 +152,12 @@ class Personalizer:
         settings = self.base.settings
         text = self.base.encode_prompts([f"a photo of {settings.trigger} {domain}"])
         size, steps = settings.train_resolution, min(settings.inference_steps, PREVIEW_STEPS)
-        return lambda: render(self.base, text, size, size, steps, settings.guidance, seed=0)
+
+        def preview() -> Image.Image:
+            with self.base.resident("vae"):  # the transformer is at work already
+                return render(self.base, text, size, size, steps, settings.guidance, seed=0)
+
+        return preview
 
     def generate(
         self, identity: Identity | Sequence[Identity | tuple[Identity, float]] | None, prompt: str | Sequence[str], count: int = 1, seed: int = 0, *,

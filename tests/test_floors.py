@@ -17,7 +17,7 @@ FLOORS = [
     {"train", "score"},
     {"adapt", "meta", "generate"},
     {"personalizer"},
-    {"evaluate"},
+    {"evaluate", "studio"},
     {"cli"},
     {"__main__"},
 ]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metalora import MetaLoraError
-from metalora.adapt import adapt, crops
+from metalora.adapt import adapt, adapt_plain, crops
 from metalora.adapter import attach
 from metalora.cache import encode, mirrored, to_tensor
 from metalora.config import AdaptConfig, FlowConfig, MetaConfig
@@ -137,6 +137,17 @@ def test_the_same_seed_gives_the_same_identity(base, photo, meta_down, config):
     assert equal(one.factors, two.factors) and [r.loss for r in reports] == [r.loss for r in again]
     assert one.sha256 == two.sha256 != other.sha256
     assert [r.step for r in reports] == list(range(1, 7)) and (one.steps, one.seed, one.noun) == (6, 0, "woman")
+    assert state_hash(base.transformer) == before
+
+
+def test_the_baseline_is_an_ordinary_lora_and_repeatable(base, photo, config):
+    before = state_hash(base.transformer)
+    shape = replace(base.settings.adapter, rank=2)
+    reports, one = run(adapt_plain(base, photo, config, shape))
+    _, two = run(adapt_plain(base, photo, config, shape))
+    assert len(reports) == 6 and all(torch.equal(one[k], two[k]) for k in one)
+    assert one["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"].shape == (2, 64)
+    assert all(one[k].abs().max() > 0 for k in one if "lora_B" in k)
     assert state_hash(base.transformer) == before
 
 
