@@ -23,7 +23,7 @@ HEADER = "metalora"  # the one key of the safetensors header, a JSON object
 ExportFormat = Literal["diffusers", "kohya"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Identity:
     """Mid and Up of one person, and what is needed to use them. No photo, no face embedding, no file name of the user's."""
 

@@ -19,7 +19,7 @@ from .files import load_tensors, save_json, save_tensors, write_atomically
 TENSORS, CONFIG, CARD = "meta_down.safetensors", "config.json", "README.md"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MetaDown:
     """Down of every adapted layer, and what it was made for. Compare two by `sha256`."""
 

@@ -17,7 +17,10 @@ FLOORS = [
     {"train", "score"},
     {"adapt", "meta", "generate"},
     {"personalizer"},
-    {"evaluate", "studio"},
+    {"evaluate"},
+    {"studio"},
+    {"cards"},
+    {"page"},
     {"cli"},
     {"__main__"},
 ]
