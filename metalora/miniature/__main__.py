@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("render", help="draw the portrait world into shards", add_help=False)
+    commands.add_parser("dataset", help="people as an image folder for evaluate and meta-train", add_help=False)
     for name in TRAININGS:
         command = commands.add_parser(name, help=f"train: {name}")
         command.add_argument("--data", type=Path, action="append", required=True, help="folder of shards; repeatable")
@@ -62,10 +63,10 @@ def _train(arguments: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; what it found is printed as one JSON object."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["render"]:
-        from metalora.miniature import render
+    if argv[:1] in (["render"], ["dataset"]):
+        import importlib
 
-        return render.main(argv[1:])
+        return importlib.import_module(f"metalora.miniature.{argv[0]}").main(argv[1:])
     arguments = _parser().parse_args(argv)
     if arguments.command == "assemble":
         from metalora.miniature.assemble import assemble

@@ -28,6 +28,7 @@ AGES = ("young", "middle-aged", "old")
 SKINS = ("fair", "light", "tan", "brown", "dark")
 BEARDS = {"stubble": "stubble", "moustache": "a moustache", "short": "a short beard", "full": "a full beard"}
 TRIGGER = "sks"
+MAX_WORDS = 30  # commas counted: what fits the miniature's text encoders with the marks of beginning and end
 
 
 def _article(words: str) -> str:
@@ -63,7 +64,7 @@ def _worn(a: dict, rng: random.Random) -> str:
 
 
 def caption(attributes: dict, rng: random.Random, person: str | None = None) -> str:
-    """A caption of one picture, at most 30 words.
+    """A caption of one picture, at most MAX_WORDS words and commas.
 
     `attributes` is the flat record that the renderer writes beside a picture; a value of None means "cannot be seen".
     With `person` (for instance "sks woman") the looks of the person go unnamed and that phrase stands for them.
@@ -79,7 +80,10 @@ def caption(attributes: dict, rng: random.Random, person: str | None = None) -> 
     if rng.random() < 0.85:
         rest.append(rng.choice(BACKGROUNDS[a["background"]]))
     rng.shuffle(rest)
-    return ", ".join(parts + [p for p in rest if p])
+    parts += [phrase for phrase in rest if phrase]
+    while sum(len(part.split()) + 1 for part in parts) > MAX_WORDS:
+        parts.pop()
+    return ", ".join(parts)
 
 
 def mirrored(text: str) -> str:

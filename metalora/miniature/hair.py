@@ -179,10 +179,13 @@ def hair(name: str, variant: int) -> Prop:
         snug = np.minimum(distance, floor + style.curl + 0.004) if style.fall < 0.5 else distance
         position = CENTRE + towards * np.maximum(snug, floor)
         points.append(position)
-    return _ribbons(np.stack(points, 1), d, style, rng)
+    curves = np.stack(points, 1)
+    if style.fall < 0.5:  # a short lock that would lie on the shoulders is no lock
+        curves = curves[curves[..., 2].min(1) > 0.625]
+    return _ribbons(curves, style, rng)
 
 
-def _ribbons(curves: np.ndarray, roots: np.ndarray, style: Style, rng: np.random.Generator) -> Prop:
+def _ribbons(curves: np.ndarray, style: Style, rng: np.random.Generator) -> Prop:
     """Curves (n, k, 3) -> flat tapered strips that lie against the head."""
     n, k, _ = curves.shape
     tangent = _unit(np.gradient(curves, axis=1))

@@ -1,0 +1,70 @@
+"""People of the portrait world as an image folder in the layout that `evaluate` and `meta-train` read."""
+
+import argparse
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from metalora.miniature import captions
+from metalora.miniature.people import HELD_OUT, Person, Scene, person, scene
+from metalora.miniature.render import render
+
+PROMPTS = ("a photo of {person}, in a red cap, in a green park", "a photo of {person}, wearing a blue turtleneck, smiling",
+           "a portrait of {person}, wearing a black suit, in an office, with a calm face",
+           "a picture of {person}, in a white t-shirt, at sunset, looking surprised")
+MORE_PROMPTS = ("a photo of {person}, wearing a yellow beanie, laughing, in the city at night",
+                "a portrait of {person}, looking angry, wearing a green striped shirt, by a brick wall",
+                "a photo of {person}, wearing glasses and an orange v-neck sweater, on a blue background",
+                "a portrait of {person}, with a sad face, in a purple turtleneck, on a grey background")
+
+
+def reference(who: Person, number: int) -> Scene:
+    """A picture such as one would hand in: the usual looks, no hat, calm, nearly from the front, in soft light."""
+    drawn = scene(who, 10_000 + number, usual_looks=1.0)
+    calm = dataclasses.replace(drawn, hat=None, expression=random.Random(who.seed).choice(("neutral", "smile")), light="soft",
+                               yaw=drawn.yaw / 3, pitch=drawn.pitch / 2, gaze=(0.0, 0.0))
+    visible = drawn.attributes | {"hat": None, "hat_colour": None, "hair": who.hair, "expression": calm.expression, "turn": None,
+                                  "hair_colour": None if who.hair in ("bald", "buzz-cut") else who.hair_colour}
+    return dataclasses.replace(calm, attributes=visible)
+
+
+def write_dataset(output: Path, seeds: list[int], references: int, others: int, size: int, prompts: tuple[str, ...]) -> None:
+    """Writes images, metadata.jsonl and prompts.txt; `others` are as varied as the world is, hair and glasses included."""
+    output.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for seed in seeds:
+        who = person(seed)
+        views = [("reference", reference(who, k)) for k in range(references)] + [("other", scene(who, k)) for k in range(others)]
+        images, _, _ = render([(who, view) for _, view in views], size)
+        for number, ((role, view), image) in enumerate(zip(views, images)):
+            name = f"{seed}-{number}-{role}.png"
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(output / name)
+            text = captions.caption(view.attributes, random.Random(f"{seed} {number}"), "{person}")
+            lines.append(json.dumps({"file_name": name, "text": text, "identity": str(seed), "domain": who.sex, "role": role}))
+    (output / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    (output / "prompts.txt").write_text("\n".join(prompts) + "\n")
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m metalora.miniature dataset`: see --help."""
+    parser = argparse.ArgumentParser(prog="python -m metalora.miniature dataset", description=write_dataset.__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--people", required=True, metavar="FIRST:END or SEED,SEED,...",
+                        help=f"seeds; from {HELD_OUT} on they are held out from all training")
+    parser.add_argument("--references", type=int, default=1)
+    parser.add_argument("--others", type=int, default=4)
+    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--all-prompts", action="store_true", help="eight prompts instead of the four of the benchmark")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(2)
+    if ":" in given.people:
+        first, end = (int(v) for v in given.people.split(":"))
+        seeds = list(range(first, end))
+    else:
+        seeds = [int(v) for v in given.people.split(",")]
+    write_dataset(given.output, seeds, given.references, given.others, given.size,
+                  PROMPTS + (MORE_PROMPTS if given.all_prompts else ()))
