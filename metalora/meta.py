@@ -7,11 +7,14 @@ goes on to the next bucket and is what is kept. [paper: buckets, warm-up, mixed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -42,28 +45,31 @@ class _State:
 def meta_train(
     base: Base, subjects: int, bucket: Bucket, domain: str, config: MetaConfig, *,
     name: str, adapter: AdapterConfig | None = None, folder: str | Path | None = None,
-) -> Iterator[StepReport]:  # fmt: skip
+) -> Generator[StepReport, None, MetaDown]:  # fmt: skip
     """Learn Meta-Down from `subjects` subjects that `bucket` encodes on demand; yields a report a step.
 
     The generator's return value is the MetaDown. With a `folder`, its checkpoint is written every few rounds, and a run that
     finds one goes on from it exactly as if it had never stopped. In memory: `bucket=training_set.select`.
+    Under `accelerate launch` every process takes a bucket of its own, and Down is averaged over them after each round.
     Raises MetaLoraError where there are too few subjects, or the checkpoint is of other settings.
     """
     shape = adapter or base.settings.adapter
     size = min(config.bucket_size, subjects)
     if size < 1:
         raise MetaLoraError(f"There is no subject of the domain {domain} to learn from; check the dataset's metadata.jsonl.")
+    rank, world = _processes(base.device)
     checkpoint = Path(folder) / CHECKPOINT if folder else None
-    stamp = {"config": repr(replace(config, rounds=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
+    stamp = {"processes": str(world), "config": repr(replace(config, rounds=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
     state = _resume(checkpoint, stamp) or _begin(base, shape, config)
     clock = Clock(config.rounds * config.bucket_steps, state.round * config.bucket_steps)
     with attach(base.transformer, state.downs, shape, size) as heads, base.resident("transformer"):
         for number in range(state.round, config.rounds):
-            data = bucket(_members(subjects, size, number, config.seed)).to(base.device, base.dtype)
-            for loss in _round(base, heads, data, state, config, number):
+            place = number * world + rank
+            data = bucket(_members(subjects, size, place, config.seed)).to(base.device, base.dtype)
+            for loss in _round(base, heads, data, state, config, place):
                 yield clock.tick(loss)
             state.downs, state.round = heads.down_tensors(), number + 1
-            if checkpoint and (state.round % config.checkpoint_every == 0 or state.round == config.rounds):
+            if checkpoint and rank == 0 and (state.round % config.checkpoint_every == 0 or state.round == config.rounds):
                 _save(checkpoint, state, stamp)
     summary = {**asdict(config), "subjects": subjects, "steps": clock.steps}
     return MetaDown(state.downs, shape, name, domain, base.name, base.fingerprint, summary)
@@ -98,7 +104,26 @@ def _round(base: Base, heads: Adapter, data: TrainingSet, state: _State, config:
     _load_moments(of_down, heads, state.moments)
     yield from fit(base, heads, data, [of_heads, of_down], steps=config.bucket_steps - config.warmup_steps, **common)
     heads.train_down(False)
+    _average([layer.down for layer in heads.layers.values()], [v for m in of_down.state.values() for v in m.values()])
     state.moments = _moments(of_down, heads)
+
+
+def _processes(device: torch.device) -> tuple[int, int]:
+    """This process's number and how many there are; joins the others where a launcher started several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        state = PartialState(cpu=device.type == "cpu")
+        return state.process_index, state.num_processes
+    return 0, 1
+
+
+@torch.no_grad()
+def _average(*groups: Sequence[Tensor]) -> None:
+    """Mean over all processes, in place."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in (t for group in groups for t in group):
+            shared = tensor.to(next(iter(groups[0])).device)  # the step count lies on the CPU, where NCCL cannot reach it
+            dist.all_reduce(shared)
+            tensor.copy_(shared / dist.get_world_size())
 
 
 def _moments(of_down: torch.optim.Optimizer, heads: Adapter) -> dict[str, Tensor]:

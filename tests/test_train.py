@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +205,42 @@ def test_stage_one_goes_on_from_a_checkpoint_exactly(base, people, tmp_path, sto
     reports, resumed = run(train_meta(base, people, folder=tmp_path))
     assert reports[0].step == stop // 4 * 4 + 1 if stop % 4 else True
     assert resumed.sha256 == whole.sha256
+
+
+PROCESS = """
+import sys, torch
+from dataclasses import replace
+from metalora.base import Base
+from metalora.cache import encode
+from metalora.config import MetaConfig
+from metalora.meta import meta_train
+base = Base.open(sys.argv[1], "cpu")
+images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+people = encode(base, images, ["a photo of sks woman"] * 4, [0, 1, 2, 3])
+run = meta_train(base, 4, people.select, "woman", MetaConfig(rounds=2, bucket_size=2, bucket_steps=3, warmup_steps=1, batch_size=2), name="t")
+while True:
+    try:
+        report = next(run)
+    except StopIteration as end:
+        print(report.loss, end.value.sha256)
+        break
+"""
+
+
+def test_several_processes_share_one_down(tiny_base):
+    """Each sees its own bucket, so their losses differ, and all end with the same Down."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_TORCH_DISTRIBUTED_BACKEND": "gloo"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, str(tiny_base)], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True,
+                         env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]  # fmt: skip
+    (loss, down), (other_loss, other_down) = (p.communicate(timeout=120)[0].split() for p in started)
+    assert down == other_down and loss != other_loss
 
 
 def test_a_checkpoint_of_another_training_is_refused(base, people, tmp_path):
