@@ -16,7 +16,7 @@ from metalora.miniature.shards import Shards, draw_captioned, load_shards
 from metalora.miniature.training import Job, Trainer, read_result, write_result
 from metalora.miniature.vae import to_floats
 
-VISION_WIDTH, VISION_LAYERS, VISION_HEADS, PATCH = 128, 4, 4, 12
+VISION_WIDTH, VISION_LAYERS, VISION_HEADS, PATCH = 128, 4, 4, 16
 MAX_LOGIT_SCALE = 4.6  # ln 100, as in CLIP
 GALLERY = 100
 
@@ -111,7 +111,7 @@ def train_clip(job: Job) -> dict:
     torch.manual_seed(job.seed)
     tokenizer = clip_tokenizer(vocabulary(), job.model.clip_tokens)
     clip = build_clip(job.model, tokenizer)
-    config = job.training(learning_rate=1e-3, batch_size=128, weight_decay=0.05, ema=0.995)
+    config = job.training(learning_rate=1e-3, batch_size=64, weight_decay=0.05, ema=0.995)
     task = ClipTask(clip, tokenizer, training, config.batch_size, job.model.clip_tokens)
     trainer = Trainer("clip", clip, job.work / "clip", config)
     result = trainer.run(task.loss, lambda t: print(

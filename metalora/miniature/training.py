@@ -239,7 +239,7 @@ def write_result(folder: Path, weights: nn.Module | dict[str, torch.Tensor], fig
     """Writes what a training leaves: model.safetensors and result.json; the card of an asset is made from the latter."""
     folder.mkdir(parents=True, exist_ok=True)
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    save_file({name: value.detach().contiguous() for name, value in state.items()}, folder / "model.safetensors")
+    save_file({name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}, folder / "model.safetensors")
     (folder / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
