@@ -47,14 +47,15 @@ def meta_down_places(base: str) -> dict[str, str]:
     return {domain: str((CATALOG.parent / place).resolve()) if place.startswith(".") else place for domain, place in rows.items()}
 
 
-def meta_down_folder(place: str, domain: str) -> Path:
+def meta_down_folder(place: str, domain: str = "") -> Path:
     """Local folder of a Meta-Down: `place` itself, its subfolder named after the domain, or a Hub id."""
     folder = Path(place).expanduser()
     for candidate in (folder, folder / domain):
         if (candidate / TENSORS).is_file():
             return candidate
     if folder.is_dir():
-        raise MetaLoraError(f"The folder {folder} holds no Meta-Down for {domain}; give a folder with {TENSORS} and {CONFIG}.")
+        kind = f" for {domain}" if domain else ""
+        raise MetaLoraError(f"The folder {folder} holds no Meta-Down{kind}; give a folder with {TENSORS} and {CONFIG}.")
     return fetch(place, META_DOWN_FILES, lambda found: (found / TENSORS).is_file() and (found / CONFIG).is_file())
 
 

@@ -47,36 +47,47 @@ class Personalizer:
 
         Raises MetaLoraError where either cannot be had or they do not fit.
         """
-        return cls(Base.open(base, device), meta_down)
+        personalizer = cls(Base.open(base, device), meta_down)
+        if meta_down is not None:
+            for domain in personalizer.domains:
+                personalizer.meta_down(domain)
+        return personalizer
 
     @property
     def domains(self) -> list[str]:
-        """The domains that there is a Meta-Down for, as far as is known without fetching any."""
-        if isinstance(self._given, MetaDown):
-            return [self._given.domain]
+        """The domains that there is a Meta-Down for."""
         if self._given is None:
             return list(hub.meta_down_places(self.base.name))
-        folders = [p.parent.name for p in Path(self._given).expanduser().glob("*/meta_down.safetensors")]
-        return sorted(folders) or list(self._meta_downs)
+        if isinstance(self._given, MetaDown):
+            return [self._given.domain]
+        several = sorted(p.parent.name for p in Path(self._given).expanduser().glob("*/meta_down.safetensors"))
+        return several or [self._single().domain]
 
     def meta_down(self, domain: str) -> MetaDown:
         """The Meta-Down of a domain, loaded once. MetaLoraError where there is none, or it is for another base or domain."""
         if domain not in self._meta_downs:
-            found = self._given if isinstance(self._given, MetaDown) else MetaDown.load(self._meta_down_folder(domain))
+            found = self._find(domain)
             found.check_base(self.base.name, self.base.fingerprint)
             if found.domain != domain:
                 raise MetaLoraError(f"The Meta-Down {found.name} is for the domain {found.domain}, not {domain}; choose {found.domain} or another Meta-Down.")
             self._meta_downs[domain] = found
         return self._meta_downs[domain]
 
-    def _meta_down_folder(self, domain: str) -> Path:
+    def _find(self, domain: str) -> MetaDown:
         if self._given is not None:
-            return hub.meta_down_folder(str(self._given), domain)
+            several = not isinstance(self._given, MetaDown) and (Path(self._given).expanduser() / domain / "meta_down.safetensors").is_file()
+            return MetaDown.load(hub.meta_down_folder(str(self._given), domain)) if several else self._single()
         places = hub.meta_down_places(self.base.name)
         if domain not in places:
             known = f"it has {', '.join(places)}" if places else "give one with --meta-down"
             raise MetaLoraError(f"There is no Meta-Down for the domain {domain} of the base {self.base.name}; {known}.")
-        return hub.meta_down_folder(places[domain], domain)
+        return MetaDown.load(hub.meta_down_folder(places[domain], domain))
+
+    def _single(self) -> MetaDown:
+        """The one Meta-Down that was given, whatever its domain."""
+        if isinstance(self._given, str | Path):
+            self._given = MetaDown.load(hub.meta_down_folder(str(self._given)))
+        return self._given
 
     @property
     def finder(self) -> FaceFinder:

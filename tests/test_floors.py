@@ -20,7 +20,8 @@ FLOORS = [
     {"evaluate"},
     {"studio"},
     {"cards"},
-    {"page"},
+    {"handlers"},
+    {"samples", "page"},
     {"cli"},
     {"__main__"},
 ]

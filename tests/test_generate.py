@@ -234,8 +234,19 @@ def test_meta_downs_are_found_in_a_folder_of_several(bare, tmp_path):
     opened = Personalizer(bare, str(tmp_path))
     assert opened.domains == ["woman"] and opened.meta_down("woman").sha256 == made.sha256
     assert Personalizer(bare, str(tmp_path / "woman")).meta_down("woman").sha256 == made.sha256
-    with pytest.raises(MetaLoraError, match="no Meta-Down for man"):
+    with pytest.raises(MetaLoraError, match="holds no Meta-Down"):
         opened.meta_down("man")
+    with pytest.raises(MetaLoraError, match="for the domain woman, not man"):
+        Personalizer(bare, str(tmp_path / "woman")).meta_down("man")
+
+
+def test_opening_checks_the_meta_down_against_the_base(tiny_base, bare, tmp_path):
+    made = make_meta_down(bare, bare.settings.adapter)
+    made.save(tmp_path / "fits")
+    assert Personalizer.open(str(tiny_base), str(tmp_path / "fits"), "cpu").domains == ["woman"]
+    replace(made, base="other", base_fingerprint="0" * 64).save(tmp_path / "strange")
+    with pytest.raises(MetaLoraError, match="learnt on the base other"):
+        Personalizer.open(str(tiny_base), str(tmp_path / "strange"), "cpu")
 
 
 def test_an_identity_of_another_base_is_refused(personalizer, meta_down):
