@@ -18,6 +18,7 @@ from accelerate import PartialState
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from . import prompts
 from .adapter import Adapter, attach, random_downs
 from .base import Base
 from .cache import TrainingSet, encode, mirrored, to_tensor
@@ -26,7 +27,6 @@ from .errors import MetaLoraError
 from .files import load_tensors, save_tensors
 from .metadown import MetaDown
 from .photo import load_photo
-from .prompts import fill
 from .train import Clock, StepReport, fit, optimizer
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -165,7 +165,7 @@ def bucket_of_photos(base: Base, people: Sequence[Sequence[tuple[Path, str]]], w
         size = (base.settings.train_resolution,) * 2
         items = [(number, path, text) for number, s in enumerate(subjects) for path, text in people[s]]
         photos = [ImageOps.fit(load_photo(path), size, Image.Resampling.LANCZOS) for _, path, _ in items]
-        captions = [text if words in text else fill(text, words) for _, _, text in items]
-        return encode(base, to_tensor(mirrored(photos)), captions * 2, [number for number, _, _ in items] * 2)
+        captions = [text if words in text else prompts.fill(text, words) for _, _, text in items]
+        return encode(base, to_tensor(mirrored(photos)), [*captions, *map(prompts.mirrored, captions)], [number for number, _, _ in items] * 2)
 
     return encode_bucket

@@ -20,7 +20,7 @@ from .generate import GenerateConfig, Person, generate, render, unload_people
 from .identity import ExportFormat, Identity
 from .metadown import MetaDown
 from .photo import load_photo
-from .prompts import Captioner
+from .prompts import Captioner, mirrored
 from .train import StepReport
 
 if TYPE_CHECKING:
@@ -151,7 +151,8 @@ class Personalizer:
             found = self.pick(image, face)
             cut = stage2.crops(image, found.box, settings.train_resolution, config, config.seed + number)
             crops += cut
-            captions += [self._captioner.caption(cut[0], f"{settings.trigger} {domain}", domain)] * len(cut)
+            caption = self._captioner.caption(cut[0], f"{settings.trigger} {domain}", domain)
+            captions += [caption] * (len(cut) // 2) + [mirrored(caption)] * (len(cut) // 2)
         with plain_faults():
             return cache.encode(self.base, cache.to_tensor(crops), captions)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,11 @@ def fill(prompt: str, words: str) -> str:
     if PLACE in prompt:
         return prompt.replace(PLACE, words).strip()
     return f"{words}, {prompt.strip()}" if words else prompt.strip()
+
+
+def mirrored(text: str) -> str:
+    """The caption of the same picture seen in a mirror: left and right change places."""
+    return re.sub(r"\b(left|right)\b", lambda found: {"left": "right", "right": "left"}[found[0]], text)
 
 
 class Captioner:

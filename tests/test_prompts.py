@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from metalora import MetaLoraError
 from metalora.config import AdaptConfig, BaseSettings, overlay
-from metalora.prompts import fill
+from metalora.prompts import fill, mirrored
 
 
 def test_the_person_stands_where_the_prompt_says_or_in_front():
@@ -23,6 +23,12 @@ def test_the_person_stands_where_the_prompt_says_or_in_front():
 def test_any_prompt_gets_the_person_and_no_place_is_left(prompt):
     filled = fill(prompt, "sks woman")
     assert "sks woman" in filled and "{person}" not in filled.replace("sks woman", "")
+
+
+@given(st.text(alphabet=" ,leftrigh"))
+def test_a_mirror_seen_in_a_mirror_is_the_picture(text):
+    assert mirrored(mirrored(text)) == text
+    assert mirrored("looking left, bright, right") == "looking right, bright, left"
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])

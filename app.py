@@ -1,0 +1,43 @@
+"""The app: `python app.py` opens the page. Settings come from the command line or from METALORA_* variables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+import metalora  # noqa: F401  first, for it sets how threads wait before torch loads
+
+
+def settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line says, else the environment, else the default."""
+    env = os.environ.get
+    parser = argparse.ArgumentParser(description="Meta-LoRA: one photo of a face in, pictures and a LoRA file out.")
+    parser.add_argument("--base", default=env("METALORA_BASE", "miniature"), help="miniature, a Hub id or a folder [METALORA_BASE]")
+    parser.add_argument("--meta-down", default=env("METALORA_META_DOWN"), help="a Hub id[@revision] or a folder [METALORA_META_DOWN]")
+    parser.add_argument("--host", default=env("METALORA_HOST"), help="address to serve on; 0.0.0.0 for all [METALORA_HOST]")
+    parser.add_argument("--port", type=int, default=env("METALORA_PORT"), help="port; the first free one from 7860 on when not given [METALORA_PORT]")
+    parser.add_argument("--share", action="store_true", default=env("METALORA_SHARE", "").lower() in ("1", "true", "yes"), help="a public link [METALORA_SHARE]")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Open the page at once, and the base behind it."""
+    chosen = settings()
+    from metalora.studio import Studio
+
+    studio = Studio(chosen.base, chosen.meta_down)
+    from metalora.page import STYLE, THEME, build
+    from metalora.samples import PEOPLE, sample_people
+
+    page = build(studio, *sample_people())
+    page.queue(max_size=32).launch(
+        server_name=chosen.host, server_port=chosen.port, share=chosen.share, theme=THEME, css_paths=STYLE, prevent_thread_lock=True,
+        footer_links=["api"], allowed_paths=[str(PEOPLE)], max_file_size="200mb", ssr_mode=False,
+    )  # fmt: skip
+    studio.open()
+    page.block_thread()
+
+
+if __name__ == "__main__":
+    main()

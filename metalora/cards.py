@@ -1,0 +1,138 @@
+"""Small pieces of HTML that the page shows: the state of the base, the progress of a learning, what was generated."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .studio import Picture
+    from .train import StepReport
+
+PICTURE_SIDE = 256  # px, of the pictures inside a card
+CURVE = (240, 40)  # px, width and height of the loss curve's canvas
+
+
+def status(text: str, kind: str = "ready") -> str:
+    """A pill with a dot; `kind` is busy, ready or fault."""
+    return f'<div class="status {kind}" role="status"><i></i>{escape(text)}</div>'
+
+
+def data_uri(image: Image.Image, side: int = PICTURE_SIDE) -> str:
+    """The picture, no larger than `side` px, as an address that holds it."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, format="PNG" if max(small.size) <= 128 else "JPEG")
+    kind = "png" if max(small.size) <= 128 else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+@dataclass
+class Learning:
+    """The card of one learning: the photo, the likeness as it comes, a bar, the figures, the loss curve."""
+
+    photo: str  # address of the photo
+    preview: str = ""
+    losses: list[float] = field(default_factory=list)
+
+    def add(self, report: StepReport) -> None:
+        """Take a step in."""
+        self.losses.append(report.loss)
+        if report.preview is not None:
+            self.preview = data_uri(report.preview)
+
+    def running(self, report: StepReport) -> str:
+        """The card while it learns."""
+        figures = f"step {report.step} of {report.steps} · loss {self.smooth()[-1]:.3f} · {report.steps_per_second:.1f} it/s · {clock(report.seconds_left)} left"
+        return self._card("running", "Learning", figures, report.step / report.steps)
+
+    def preparing(self) -> str:
+        """The card before the first step."""
+        return self._card("running", "Preparing", "opening the base, finding the face, encoding the photo", None)
+
+    def done(self, seconds: float, noun: str) -> str:
+        """The card at the end."""
+        return self._card("done", "Learnt", f"this {escape(noun)}, in {clock(seconds)} and {len(self.losses)} steps; ask for pictures now", 1.0)
+
+    def stopped(self) -> str:
+        """The card after a stop."""
+        self.preview = ""
+        return self._card("stopped", "Stopped", f"after {len(self.losses)} steps; nothing of it was kept", 0.0)
+
+    def failed(self) -> str:
+        """The card after a fault, whose sentence is shown elsewhere."""
+        self.preview = ""
+        return self._card("stopped", "Not learnt", "", 0.0)
+
+    def smooth(self, keep: float = 0.95) -> list[float]:
+        """Losses as a running mean that forgets; single ones jump, since each step draws its own noise level."""
+        mean, weight, means = 0.0, 0.0, []
+        for loss in self.losses:
+            mean, weight = keep * mean + (1 - keep) * loss, keep * weight + (1 - keep)
+            means.append(mean / weight)
+        return means
+
+    def _card(self, kind: str, title: str, figures: str, share: float | None) -> str:
+        bar = "" if share is None else f' style="width:{100 * share:.1f}%"'
+        now = f'<img src="{self.preview}" alt="the likeness so far">' if self.preview else "<span>the likeness<br>appears here</span>"
+        return (
+            f'<div class="learning {kind}">'
+            f'<div class="pair"><figure><img src="{self.photo}" alt="your photo"><figcaption>photo</figcaption></figure>'
+            f'<b>→</b><figure><div class="frame">{now}</div><figcaption>so far</figcaption></figure></div>'
+            f'<div class="bar"><i class="{"wait" if share is None else ""}"{bar}></i></div>'
+            f'<p><b>{title}</b> <span class="figures">{figures}</span></p>{curve(self.smooth())}</div>'
+        )
+
+
+def curve(values: Sequence[float]) -> str:
+    """The values as a line; nothing for fewer than two."""
+    if len(values) < 2:
+        return ""
+    width, height = CURVE
+    shown = [values[round(i * (len(values) - 1) / 119)] for i in range(120)] if len(values) > 120 else values
+    low, high = min(shown), max(shown)
+    spread = (high - low) or 1.0
+    points = " ".join(f"{i * width / (len(shown) - 1):.1f},{2 + (high - v) / spread * (height - 4):.1f}" for i, v in enumerate(shown))
+    return f'<svg class="curve" viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" aria-label="loss curve"><polyline points="{points}"/></svg>'
+
+
+def clock(seconds: float) -> str:
+    """"48 s", "2 min 05 s", "1 h 10 min"."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def caption(picture: Picture, seed: int, scored: bool) -> str:
+    """What stands under a picture."""
+    lines = []
+    if picture.similarity is not None:
+        lines.append(f"similarity to your photo {picture.similarity:.2f}")
+    if picture.r_facesim is not None:
+        lines.append(f"R-FaceSim {picture.r_facesim:.2f}")
+    if not lines and scored:
+        lines.append("no face found")
+    return "\n".join([*lines, f"seed {seed}"])
+
+
+def summary(pictures: Sequence[Picture], seconds: float, held_out: int) -> str:
+    """One line over the pictures: how long, and the mean scores."""
+    parts = [f"{len(pictures)} picture{'s' if len(pictures) != 1 else ''} in {clock(seconds) if seconds >= 10 else f'{seconds:.1f} s'}"]
+    for name, values in (
+        ("mean similarity to your photo", [p.similarity for p in pictures]),
+        (f"mean R-FaceSim ({held_out} held-out photos)", [p.r_facesim for p in pictures]),
+    ):
+        known = [v for v in values if v is not None]
+        if known:
+            parts.append(f"{name} <b>{sum(known) / len(known):.2f}</b>")
+    return f'<p class="summary">{" · ".join(parts)}</p>'

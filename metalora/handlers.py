@@ -1,0 +1,226 @@
+"""What happens on the page: the handlers of its events. The work is done in studio.py, the HTML of the cards in cards.py."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+
+from . import cards
+from .errors import Cancelled, MetaLoraError
+from .studio import Learnt, Order, StopFlag, Studio, on_gpu
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .face import Face
+
+UPDATE_EVERY = 0.25  # seconds between two looks of the progress card
+PREVIEWS = 12  # pictures of the likeness on its way, over a whole learning
+SHOWN_AS_THEY_ARE = {".jpg", ".jpeg", ".png", ".webp"}  # what every browser can show
+
+@dataclass(frozen=True)
+class Sample:
+    """A person to try the page with: a photo to learn from, and others of the same person to score against."""
+
+    photo: str
+    domain: str
+    held_out: list[str]
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """What was asked and cannot be done becomes the user's sentence; a fault of ours is logged here and named as one."""
+    try:
+        yield
+    except MetaLoraError as error:
+        raise gr.Error(escape(str(error), quote=False), print_exception=False) from error
+    except (Cancelled, gr.Error, GeneratorExit):
+        raise
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        raise gr.Error("Something went wrong on our side; the log of the app says what. Please try again.", print_exception=False) from error
+
+
+class Handlers:
+    """The handlers of one page's events; every value of a user comes in and goes out, none stays."""
+
+    def __init__(self, studio: Studio, samples: list[Sample]):
+        self.studio, self.samples = studio, samples
+        self.train = on_gpu(lambda photo, domain, face, steps, *rest: 60 + steps)(self._train)
+        self.draw = on_gpu(lambda learnt, order, *rest: 20 + 15 * order.count)(self._draw)
+
+    def _train(self, photo: str, domain: str, face: int | None, steps: int, seed: int, held_out: list[str], stop: StopFlag):
+        learnt = yield from self.studio.learn(
+            photo, domain, face=face, steps=steps, seed=seed, held_out=held_out, stop=stop, preview_every=max(1, steps // PREVIEWS)
+        )
+        yield learnt
+
+    def _draw(self, learnt: Learnt, order: Order, folder: Path, stop: StopFlag):
+        yield from self.studio.generate(learnt, order, folder, stop)
+
+    def greet(self):
+        """Wait for the base; its name, and the controls set to what it wants."""
+        try:
+            personalizer = self.studio.personalizer
+        except MetaLoraError as error:
+            return [cards.status(str(error), "fault"), *[gr.skip()] * 6]
+        base, s = personalizer.base, personalizer.base.settings
+        domains = personalizer.domains
+        text = f"{base.name} · {s.resolution}×{s.resolution} px · {base.device} · ready"
+        return [
+            cards.status(text if domains else f"{base.name} is open, but there is no Meta-Down for it; start the app with --meta-down.", "ready" if domains else "fault"),
+            gr.Radio(choices=domains or ["woman", "man"]),
+            gr.Slider(value=s.adapt.steps),
+            gr.Dropdown(choices=sizes(s.resolution, 2 * base.pipeline.vae_scale_factor), value=f"{s.resolution}x{s.resolution}"),
+            gr.Slider(value=s.inference_steps),
+            gr.Slider(value=s.guidance),
+            gr.Gallery(columns=4 if s.resolution <= 256 else 2),
+        ]  # fmt: skip
+
+    def take_sample(self, event: gr.SelectData):
+        """A sample person, ready to be learnt."""
+        sample = self.samples[event.index]
+        return sample.photo, sample.domain, sample.held_out, gr.Gallery(visible=False), 0
+
+    def look(self, photo: str | None):
+        """A fresh photo: shown upright if it is a photo at all, and its faces if there are several to choose from."""
+        no_faces = gr.Gallery(value=None, visible=False)
+        if not photo:
+            return None, None, no_faces, 0
+        try:
+            image = self.studio.open_photo(photo)
+            faces = self.studio.faces(image)
+        except MetaLoraError as error:
+            gr.Warning(escape(str(error), quote=False), title="Another photo, please")
+            return None, None, no_faces, 0
+        if Path(photo).suffix.lower() not in SHOWN_AS_THEY_ARE:
+            image.save(photo := str(new_folder() / "photo.png"))
+        if len(faces) < 2:
+            return photo, None, no_faces, 0
+        shown = [(face_thumbnail(image, face), f"face {number}") for number, face in enumerate(sorted(faces, key=lambda f: f.box[0]), 1)]
+        return photo, None, gr.Gallery(value=shown, visible=True, selected_index=None), 0
+
+    @staticmethod
+    def choose_face(event: gr.SelectData) -> int:
+        """Its number, from 1, left to right."""
+        return event.index + 1
+
+    def learn(self, photo: str | None, face: int, domain: str, steps: int, seed: int, held_out: list[str] | None, request: gr.Request):
+        """Learn the person in a photo; progress, then the identity file and the LoRA as diffusers and kohya write it."""
+        stop = StopFlag.of(request.session_hash)
+        stop.clear()
+        busy, idle = (gr.Button(visible=False), gr.Button(visible=True)), (gr.Button(visible=True), gr.Button(visible=False))
+        nothing = [gr.skip()] * 3
+        with one_sentence():
+            if not photo:
+                raise MetaLoraError("Pick one of the sample people or upload a photo first.")
+            card, started = cards.Learning(cards.data_uri(self.studio.open_photo(photo))), time.monotonic()
+        yield [*nothing, gr.skip(), card.preparing(), *busy]
+        try:
+            with one_sentence():
+                shown = 0.0
+                for report in self.train(photo, domain, int(face) or None, int(steps), int(seed), held_out or [], stop):
+                    if isinstance(report, Learnt):
+                        files = self.studio.write_files(report.identity, new_folder())
+                        yield [*map(download, files), report, card.done(time.monotonic() - started, domain), *idle]
+                        return
+                    card.add(report)
+                    if time.monotonic() - shown > UPDATE_EVERY or report.preview is not None:
+                        shown = time.monotonic()
+                        yield [*nothing, gr.skip(), card.running(report), *busy]
+        except Cancelled:
+            yield [*nothing, gr.skip(), card.stopped(), *idle]
+        except gr.Error:
+            yield [*nothing, gr.skip(), card.failed(), *idle]
+            raise
+        finally:
+            stop.clear()
+
+    @staticmethod
+    def stop(request: gr.Request) -> None:
+        """Stop what this session is doing, within a step."""
+        StopFlag.of(request.session_hash).raise_()
+
+    def generate(
+        self, learnt: Learnt | None, prompt: str, count: int, seed: int, vary: bool, size: str, steps: int, guidance: float, strength: float,
+        request: gr.Request,
+    ):  # fmt: skip
+        """Pictures of the person learnt or loaded, as they are done, with their likeness."""
+        stop, started = StopFlag.of(request.session_hash), time.monotonic()
+        stop.clear()
+        busy, idle = (gr.Button(visible=False), gr.Button(visible=True)), (gr.Button(visible=True), gr.Button(visible=False))
+        with one_sentence():
+            if learnt is None:
+                raise MetaLoraError("Learn a person first, or load an identity file.")
+            order = Order(prompt, int(count), int(seed), int(steps), float(guidance), parse_size(size), float(strength))
+        scored, held_out = learnt.photos is not None, 0 if learnt.held_out is None else len(learnt.held_out)
+        pictures, shown = [], []
+        yield [[], '<p class="summary">starting</p>', gr.skip(), *busy]
+        try:
+            with one_sentence():
+                for picture in self.draw(learnt, order, new_folder(), stop):
+                    shown.append((str(picture.path), cards.caption(picture, order.seed + len(pictures), scored)))
+                    pictures.append(picture)
+                    yield [shown, cards.summary(pictures, time.monotonic() - started, held_out), gr.skip(), *busy]
+            yield [shown, gr.skip(), order.seed + order.count if vary else order.seed, *idle]
+        except Cancelled:
+            yield [shown, '<p class="summary">Stopped.</p>', gr.skip(), *idle]
+        except gr.Error:
+            yield [shown, "", gr.skip(), *idle]
+            raise
+        finally:
+            stop.clear()
+
+    def load(self, file: str):
+        """An identity file of this base: its person, ready for pictures, and the LoRA files again."""
+        with one_sentence():
+            learnt = self.studio.load(file)
+            files = self.studio.write_files(learnt.identity, new_folder())
+        gr.Info(f"Loaded: a {learnt.identity.domain}, {learnt.identity.steps} steps.")
+        return [*map(download, files), learnt]
+
+
+def face_thumbnail(image: Image.Image, face: Face) -> Image.Image:
+    """A square round a face."""
+    left, top, right, bottom = face.box
+    side = 1.4 * max(right - left, bottom - top)
+    x, y = (left + right - side) / 2, (top + bottom - side) / 2
+    return image.crop((round(x), round(y), round(x + side), round(y + side))).resize((160, 160))
+
+
+def new_folder() -> Path:
+    """A folder for files of one session, inside the page's cache, which clears itself."""
+    cache = Path(get_upload_folder())
+    cache.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=cache))
+
+
+def download(path: Path) -> gr.DownloadButton:
+    """The button that gives a file, open."""
+    return gr.DownloadButton(value=str(path), interactive=True)
+
+
+def sizes(resolution: int, grid: int) -> list[str]:
+    """Square, upright and wide, on the base's grid."""
+    short = max(grid, resolution * 3 // 4 // grid * grid)
+    return [f"{resolution}x{resolution}", f"{short}x{resolution}", f"{resolution}x{short}"]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """"96x128" → (96, 128); MetaLoraError for anything else."""
+    match = re.fullmatch(r"\s*(\d{1,5})\s*[x×]\s*(\d{1,5})\s*", str(text))
+    if not match:
+        raise MetaLoraError(f"{text} is not a size; write width x height in pixels, for example 96x96.")
+    return int(match[1]), int(match[2])

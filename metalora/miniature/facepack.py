@@ -1,0 +1,98 @@
+"""What the two face models share: their places in the pack, export to ONNX, and the check through InsightFace itself.
+
+InsightFace knows the models of a folder by their shapes: nine outputs are an SCRFD detector, one output behind a square
+input of 112 px is a recogniser. So `FaceAnalysis(name=FOLDER)` runs our own as it runs any other.
+"""
+
+import dataclasses
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from metalora.miniature.shards import Shards
+
+DETECTOR_FILE, RECOGNISER_FILE = "det.onnx", "rec.onnx"
+OPSET = 17
+
+
+def export_onnx(model: nn.Module, path: Path, size: int, outputs: list[str], dynamic: dict[str, dict[int, str]]) -> None:
+    """Writes `model` for input (1, 3, size, size) as ONNX; `dynamic` names the axes that may differ."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    with warnings.catch_warnings():  # the older exporter keeps the layout that InsightFace reads; it says it is older
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model.eval(), (torch.zeros(1, 3, size, size),), str(beside), input_names=["input"],
+                          output_names=outputs, dynamic_axes=dynamic, opset_version=OPSET, dynamo=False)
+    os.replace(beside, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Faces of one picture: boxes (k, 4) px, scores (k,), unit embeddings (k, 512) or none without a recogniser."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    embeddings: np.ndarray | None
+
+
+class Analyser:
+    """InsightFace's FaceAnalysis on a pack folder, as an app would use it."""
+
+    def __init__(self, pack: Path, size: int, threshold: float = 0.5):
+        from insightface.app import FaceAnalysis
+
+        self.analysis = FaceAnalysis(name=str(pack), providers=["CPUExecutionProvider"])
+        self.analysis.prepare(ctx_id=-1, det_thresh=threshold, det_size=(size, size))
+
+    def find(self, image: torch.Tensor) -> Found:
+        """Faces of a (3, h, w) uint8 picture, the surest first."""
+        faces = self.analysis.get(np.ascontiguousarray(image.permute(1, 2, 0).numpy()[:, :, ::-1]))
+        faces = sorted(faces, key=lambda face: -face.det_score)
+        boxes = np.array([face.bbox for face in faces], np.float32).reshape(-1, 4)
+        known = faces and getattr(faces[0], "embedding", None) is not None
+        return Found(boxes, np.array([face.det_score for face in faces], np.float32),
+                     np.stack([face.normed_embedding for face in faces]) if known else None)
+
+
+def overlaps(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Intersection over union of each of `boxes` (k, 4) with `box` (4,): (k,)."""
+    low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
+    common = np.clip(high - low, 0, None).prod(axis=1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
+    return common / np.maximum(areas - common, 1e-6)
+
+
+def separation(embeddings: np.ndarray, persons: np.ndarray) -> dict[str, float]:
+    """How well unit embeddings (n, d) tell people apart.
+
+    Returns:
+        auc: chance that a pair of one person is closer than a pair of two. rank_1: share of pictures whose nearest
+        other picture, among one of each other person and one of the same, is of the same person.
+        same, different: mean cosine similarity of the two kinds of pairs.
+    """
+    similarity = embeddings @ embeddings.T
+    upper = np.triu(np.ones_like(similarity, dtype=bool), 1)
+    equal = persons[:, None] == persons[None]
+    same, different = similarity[upper & equal], np.sort(similarity[upper & ~equal])
+    auc = np.searchsorted(different, same).mean() / len(different)
+    gallery = np.array([np.flatnonzero(persons == person)[0] for person in np.unique(persons)])
+    probes = np.setdiff1d(np.arange(len(persons)), gallery)
+    nearest = gallery[similarity[np.ix_(probes, gallery)].argmax(axis=1)]
+    return {"auc": round(float(auc), 4), "rank_1": round(float((persons[nearest] == persons[probes]).mean()), 4),
+            "gallery": len(gallery), "same": round(float(same.mean()), 3), "different": round(float(different.mean()), 3)}
+
+
+def check_pack(pack: Path, validation: Shards, size: int, pictures: int = 600) -> dict[str, float]:
+    """End to end on unseen people: found faces, and how well their embeddings tell the people apart."""
+    analyser, found, persons = Analyser(pack, size), [], []
+    for image, record in list(zip(validation.images, validation.records, strict=True))[:pictures]:
+        faces = analyser.find(image)
+        if len(faces.boxes):
+            found.append(faces.embeddings[0])
+            persons.append(record["person"])
+    shown = min(pictures, len(validation))
+    return {"found": round(len(found) / shown, 4), "pictures": shown} | separation(np.stack(found), np.array(persons))

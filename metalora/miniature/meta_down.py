@@ -1,0 +1,66 @@
+"""`python -m metalora.miniature meta-down`: stage 1 on the rendered portrait world, all of it encoded beforehand.
+
+The stage itself is metalora.meta.meta_train, the same that `python -m metalora meta-train` runs on photos.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from metalora import cache
+from metalora.base import Base
+from metalora.config import overlay
+from metalora.meta import meta_train
+from metalora.miniature.captions import TRIGGER, caption, mirrored
+from metalora.miniature.shards import Shards, load_shards
+
+
+def training_set(base: Base, shards: Shards, domain: str, seed: int = 0) -> cache.TrainingSet:
+    """The people of one domain, each picture also mirrored, captioned with "sks woman" in place of their looks."""
+    mask = [record["domain"] == domain for record in shards.records]
+    chosen = shards.select(torch.tensor(mask))
+    numbers = {person: i for i, person in enumerate(chosen.persons.unique().tolist())}
+    subjects = [numbers[record["person"]] for record in chosen.records]
+    rng = random.Random(seed)
+    texts = [caption(record["attributes"], rng, f"{TRIGGER} {domain}") for record in chosen.records]
+    images = chosen.images.float() / 127.5 - 1  # (n, 3, size, size)
+    return cache.encode(base, torch.cat([images, images.flip(-1)]), [*texts, *map(mirrored, texts)], subjects * 2)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains the Meta-Down of one domain and writes its folder; a killed run goes on with the same command."""
+    parser = argparse.ArgumentParser(prog="python -m metalora.miniature meta-down", description=main.__doc__)
+    parser.add_argument("--data", type=Path, action="append", required=True, help="folder of shards; repeatable")
+    parser.add_argument("--base", default="miniature")
+    parser.add_argument("--domain", required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the Meta-Down")
+    parser.add_argument("--config", type=json.loads, default={}, metavar="JSON", help='such as \'{"rounds": 40}\'')
+    arguments = parser.parse_args(argv)
+    base = Base.open(arguments.base, "cpu")
+    config = overlay(base.settings.meta, arguments.config)
+    training, _ = load_shards(*arguments.data).split()
+    data = training_set(base, training, arguments.domain)
+    run = meta_train(base, data.subjects, data.select, arguments.domain, config,
+                     name=f"{base.name}/{arguments.domain}", folder=arguments.work)
+    smooth, shown = None, 0.0
+    while True:
+        try:
+            report = next(run)
+        except StopIteration as end:
+            end.value.save(arguments.output)
+            return
+        smooth = report.loss if smooth is None else 0.99 * smooth + 0.01 * report.loss
+        if time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            print(f"{report.step}/{report.steps} loss {smooth:.4f} {report.steps_per_second:.1f} it/s "
+                  f"{report.seconds_left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

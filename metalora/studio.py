@@ -1,0 +1,208 @@
+"""What the page does, without the page: one opened base for the whole process, learn, generate, score, files.
+
+Nothing of a user stays here. What a session owns is a `Learnt` that the page keeps in that session's state, and files in
+the page's cache folder, which it clears.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import Cancelled, MetaLoraError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from .config import BaseSettings
+    from .face import Face
+    from .identity import Identity
+    from .personalizer import Personalizer
+    from .train import StepReport
+
+
+@dataclass(frozen=True, eq=False)
+class Learnt:
+    """A person of one session: the identity, and the face embeddings (n, 512), unit length, to score likeness against."""
+
+    identity: Identity
+    photos: np.ndarray | None = None
+    held_out: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One generated picture, its likeness (None: no face in it, or nothing to compare with) and where it was written."""
+
+    image: Image.Image
+    path: Path
+    similarity: float | None  # cosine to the photo learnt from: "similarity to your photo"
+    r_facesim: float | None  # mean cosine to the held-out photos
+
+
+@dataclass(frozen=True)
+class Order:
+    """How to generate, as the page's controls say it."""
+
+    prompt: str
+    count: int
+    seed: int
+    steps: int
+    guidance: float
+    size: tuple[int, int]  # width, height, px
+    strength: float
+
+
+@dataclass(frozen=True)
+class StopFlag:
+    """A stop wish that reaches a worker in another process too (ZeroGPU runs its work in one): a file that is there or not."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, session: str | None) -> StopFlag:
+        """The flag of a session."""
+        name = "".join(c for c in session or "" if c.isalnum()) or "nobody"
+        return cls(Path(tempfile.gettempdir()) / f"metalora-stop-{os.getuid() if hasattr(os, 'getuid') else 0}-{name}")
+
+    def raise_(self) -> None:
+        """Ask the session's work to stop."""
+        self.path.touch()
+
+    def clear(self) -> None:
+        """Forget an earlier wish."""
+        self.path.unlink(missing_ok=True)
+
+    def is_set(self) -> bool:
+        """Whether to stop."""
+        return self.path.exists()
+
+    def check(self) -> None:
+        """Raise Cancelled where the user wants to stop."""
+        if self.is_set():
+            raise Cancelled
+
+
+@dataclass(eq=False)
+class Studio:
+    """The base that this process serves. It opens in the background; whoever needs it waits, and learns why it could not."""
+
+    base: str
+    meta_down: str | None = None
+    _opened: Future | None = field(default=None, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def open(self) -> Future[Personalizer]:
+        """Start to open the base; again where the last try failed, since a network may be back."""
+        with self._lock:
+            if self._opened is None or (self._opened.done() and self._opened.exception()):
+                pool = ThreadPoolExecutor(1, thread_name_prefix="open-base")
+                self._opened = pool.submit(self._open)
+                pool.shutdown(wait=False)
+            return self._opened
+
+    def _open(self) -> Personalizer:
+        from .personalizer import Personalizer
+
+        personalizer = Personalizer.open(self.base, self.meta_down)
+        for domain in personalizer.domains:
+            personalizer.meta_down(domain)
+        personalizer.finder  # loaded now, so that the first photo need not wait
+        return personalizer
+
+    @property
+    def personalizer(self) -> Personalizer:
+        """The opened base; waits for it. MetaLoraError where it cannot be had."""
+        return self.open().result()
+
+    @property
+    def settings(self) -> BaseSettings:
+        """What the base wants to be used with."""
+        return self.personalizer.base.settings
+
+    @staticmethod
+    def open_photo(photo: Any) -> Image.Image:
+        """A photo, upright, RGB. MetaLoraError where it cannot be read."""
+        from .photo import load_photo
+
+        return load_photo(photo)
+
+    def faces(self, image: Image.Image) -> list[Face]:
+        """The faces of a picture. MetaLoraError where it shows none."""
+        return self.personalizer.finder.detect(image)
+
+    def learn(
+        self, photo: Any, domain: str, *, face: int | None, steps: int, seed: int, held_out: Sequence[Any], stop: StopFlag, preview_every: int
+    ) -> Generator[StepReport, None, Learnt]:
+        """Learn a person; yields every step, returns what the session keeps. Cancelled within a step of the stop wish."""
+        personalizer = self.personalizer
+        photos, others = self._embed([photo], face), self._embed(held_out, None)
+        run = personalizer.adapt_steps([photo], domain, steps, seed, face=face, preview_every=preview_every)
+        try:
+            while True:
+                stop.check()
+                yield next(run)
+        except StopIteration as end:
+            return Learnt(end.value, photos, others)
+        finally:
+            run.close()
+
+    def _embed(self, photos: Sequence[Any], face: int | None) -> np.ndarray | None:
+        import numpy as np
+
+        found = [self.personalizer.pick(self.open_photo(photo), face).embedding for photo in photos]
+        return np.stack(found) if found else None
+
+    def generate(self, learnt: Learnt, order: Order, folder: Path, stop: StopFlag) -> Iterator[Picture]:
+        """Pictures one after the other, each scored and written to `folder`. Cancelled within a step of the stop wish."""
+        from .generate import save_png
+
+        pictures = self.personalizer.generate_each(
+            (learnt.identity, order.strength), order.prompt, order.count, order.seed,
+            steps=order.steps, guidance=order.guidance, size=order.size, on_step=lambda done, every: stop.check(),
+        )  # fmt: skip
+        for number, image in enumerate(pictures):
+            path = save_png(image, folder / f"picture-{order.seed + number}.png")
+            yield Picture(image, path, *self._likeness(image, learnt))
+
+    def _likeness(self, image: Image.Image, learnt: Learnt) -> tuple[float | None, float | None]:
+        """Mean cosines of the picture's face to the photo learnt from and to the held-out photos."""
+        if learnt.photos is None and learnt.held_out is None:
+            return None, None
+        face = self.personalizer.finder.embed(image)  # (512,)
+        return tuple(None if face is None or them is None else float((them @ face).mean()) for them in (learnt.photos, learnt.held_out))
+
+    def load(self, path: str | Path) -> Learnt:
+        """A person from an identity file that fits the base here."""
+        from .identity import Identity
+
+        identity = Identity.load(path)
+        self.personalizer.person(identity)
+        return Learnt(identity)
+
+    def write_files(self, identity: Identity, folder: Path) -> tuple[Path, Path, Path]:
+        """The identity file, the diffusers LoRA and the kohya LoRA, in `folder`."""
+        return (
+            identity.save(folder / "identity.safetensors"),
+            self.personalizer.export(identity, folder / "lora-diffusers.safetensors", "diffusers"),
+            self.personalizer.export(identity, folder / "lora-kohya.safetensors", "kohya"),
+        )
+
+
+def on_gpu(seconds: Callable[..., int]) -> Callable[[Callable], Callable]:
+    """Decorator: on a Space with ZeroGPU, run the function (or generator) on a GPU held for `seconds(*args, **kwargs)`."""
+    if not os.environ.get("SPACES_ZERO_GPU"):
+        return lambda work: work
+    import spaces
+
+    return spaces.GPU(duration=seconds)
+
+
+__all__ = ["Learnt", "MetaLoraError", "Order", "Picture", "StopFlag", "Studio", "on_gpu"]
