@@ -1,7 +1,7 @@
 """`python -m metalora.miniature COMMAND`: renders the portrait world and trains the embedded miniature on it.
 
-Order: render, vae, clip, base, face-detector, face-recogniser, assemble. Each training takes a time budget, can be
-killed and started again with the same command, and leaves its files in WORK/NAME.
+Order: render, vae, clip, base, face-detector, face-recogniser, assemble, meta-down. Each training takes a time budget,
+can be killed and started again with the same command, and leaves its files in WORK/NAME.
 """
 
 import argparse
@@ -16,6 +16,9 @@ from metalora.miniature.training import Job
 
 TRAININGS = {"vae": ("vae", "train_vae"), "clip": ("clip", "train_clip"), "base": ("base", "train_base"),
              "face-detector": ("detector", "train_detector"), "face-recogniser": ("recogniser", "train_recogniser")}
+ELSEWHERE = {"render": "draw the portrait world into shards",  # commands whose arguments their own modules read
+             "dataset": "people as an image folder for evaluate and meta-train",
+             "meta-down": "stage 1: learn the Meta-Down of a domain on the assembled base"}
 MINUTES = {"vae": 10, "clip": 6, "base": 60, "face-detector": 5, "face-recogniser": 10}
 
 
@@ -23,8 +26,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m metalora.miniature", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("render", help="draw the portrait world into shards", add_help=False)
-    commands.add_parser("dataset", help="people as an image folder for evaluate and meta-train", add_help=False)
+    for name, text in ELSEWHERE.items():
+        commands.add_parser(name, help=text, add_help=False)
     for name in TRAININGS:
         command = commands.add_parser(name, help=f"train: {name}")
         command.add_argument("--data", type=Path, action="append", required=True, help="folder of shards; repeatable")
@@ -63,10 +66,10 @@ def _train(arguments: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; what it found is printed as one JSON object."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["render"], ["dataset"]):
+    if argv and argv[0] in ELSEWHERE:
         import importlib
 
-        return importlib.import_module(f"metalora.miniature.{argv[0]}").main(argv[1:])
+        return importlib.import_module(f"metalora.miniature.{argv[0].replace('-', '_')}").main(argv[1:])
     arguments = _parser().parse_args(argv)
     if arguments.command == "assemble":
         from metalora.miniature.assemble import assemble

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metalora.miniature.facepack import DETECTOR_FILE, Analyser, export_onnx, overlaps
+from metalora.miniature.facepack import DETECTOR_FILE, Analyser, disturbed, export_onnx, overlaps
 from metalora.miniature.shards import Shards, load_shards
 from metalora.miniature.training import Job, Trainer, write_result
 
@@ -136,23 +136,6 @@ def draw_canvas(shards: Shards, size: int, rng: random.Random) -> Canvas:
     boxes = torch.stack([face[0] for face in faces]) if faces else torch.zeros(0, 4)
     points = torch.stack([face[1] for face in faces]) if faces else torch.zeros(0, 5, 2)
     return Canvas(canvas, boxes, points)
-
-
-def disturbed(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Pictures (n, 3, h, w) in [0, 255] under other light and colour, with noise, a part of them soft; in [-1, 1]."""
-    n, size = len(images), images.shape[-1]
-    uniform = torch.rand(5, n, 1, 1, 1, generator=generator)
-    tint = 1 + 0.12 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5)
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    images = (images - mean) * (0.7 + 0.6 * uniform[0]) * tint + mean * (0.7 + 0.6 * uniform[1])
-    grey = images.mean(dim=1, keepdim=True)
-    images = torch.lerp(grey, images, (1.2 * uniform[2]).clamp(max=1))
-    soft = (uniform[3].flatten() < 0.35).nonzero().flatten()
-    part = round(size * (0.4 + 0.4 * uniform[4, 0].item()))
-    small = F.interpolate(images[soft], size=(part, part), mode="bilinear", align_corners=False, antialias=True)
-    images[soft] = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
-    noise = torch.randn(images.shape, generator=generator) * 6 * torch.rand(n, 1, 1, 1, generator=generator)
-    return (images + noise).clamp(0, 255) / 127.5 - 1
 
 
 def assign(canvas: Canvas, level: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What the two face models share: their places in the pack, export to ONNX, and the check through InsightFace itself.
+"""What the two face models share: their places in the pack, light and noise, export to ONNX, and the check through InsightFace.
 
 InsightFace knows the models of a folder by their shapes: nine outputs are an SCRFD detector, one output behind a square
 input of 112 px is a recogniser. So `FaceAnalysis(name=FOLDER)` runs our own as it runs any other.
@@ -11,12 +11,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from metalora.miniature.shards import Shards
 
 DETECTOR_FILE, RECOGNISER_FILE = "det.onnx", "rec.onnx"
 OPSET = 17
+
+
+def disturbed(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Pictures (n, 3, h, w) in [0, 255] under other light and colour, with noise, a part of them soft; in [-1, 1]."""
+    n, size = len(images), images.shape[-1]
+    uniform = torch.rand(5, n, 1, 1, 1, generator=generator)
+    tint = 1 + 0.12 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5)
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    images = (images - mean) * (0.7 + 0.6 * uniform[0]) * tint + mean * (0.7 + 0.6 * uniform[1])
+    grey = images.mean(dim=1, keepdim=True)
+    images = torch.lerp(grey, images, (1.2 * uniform[2]).clamp(max=1))
+    soft = (uniform[3].flatten() < 0.35).nonzero().flatten()
+    part = round(size * (0.4 + 0.4 * uniform[4, 0].item()))
+    small = F.interpolate(images[soft], size=(part, part), mode="bilinear", align_corners=False, antialias=True)
+    images[soft] = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
+    noise = torch.randn(images.shape, generator=generator) * 6 * torch.rand(n, 1, 1, 1, generator=generator)
+    return (images + noise).clamp(0, 255) / 127.5 - 1
 
 
 def export_onnx(model: nn.Module, path: Path, size: int, outputs: list[str], dynamic: dict[str, dict[int, str]]) -> None:
