@@ -5,12 +5,14 @@ can be killed and started again with the same command, and leaves its files in W
 """
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import torch
 
+from metalora.errors import MetaLoraError
 from metalora.miniature.pipeline import MiniatureConfig
 from metalora.miniature.training import Job
 
@@ -50,8 +52,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> dict:
-    import importlib  # a training imports only what it needs
-
     torch.set_num_threads(arguments.threads)
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.config.items()}
     job = Job(data=tuple(arguments.data), work=arguments.work, minutes=arguments.minutes, seed=arguments.seed,
@@ -63,21 +63,28 @@ def _train(arguments: argparse.Namespace) -> dict:
     return train(job, **more)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs one command; what it found is printed as one JSON object."""
-    argv = sys.argv[1:] if argv is None else argv
+def _run(argv: list[str]) -> None:
     if argv and argv[0] in ELSEWHERE:
-        import importlib
-
-        return importlib.import_module(f"metalora.miniature.{argv[0].replace('-', '_')}").main(argv[1:])
+        importlib.import_module(f"metalora.miniature.{argv[0].replace('-', '_')}").main(argv[1:])
+        return
     arguments = _parser().parse_args(argv)
     if arguments.command == "assemble":
         from metalora.miniature.assemble import assemble
 
-        return assemble(arguments.work, arguments.output)
-    print(json.dumps(_train(arguments)))
-    return None
+        print(json.dumps(assemble(arguments.work, arguments.output)))
+    else:
+        print(json.dumps(_train(arguments)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; what it found is printed as one JSON object. Returns 2 where it cannot be done as asked."""
+    try:
+        _run(sys.argv[1:] if argv is None else argv)
+    except MetaLoraError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -90,8 +90,10 @@ def separation(embeddings: np.ndarray, persons: np.ndarray) -> dict[str, float]:
     Returns:
         auc: chance that a pair of one person is closer than a pair of two. rank_1: share of pictures whose nearest
         other picture, among one of each other person and one of the same, is of the same person.
-        same, different: mean cosine similarity of the two kinds of pairs.
+        same, different: mean cosine similarity of the two kinds of pairs. Nothing where a kind of pair is lacking.
     """
+    if not 1 < len(np.unique(persons)) < len(persons):
+        return {}
     similarity = embeddings @ embeddings.T
     upper = np.triu(np.ones_like(similarity, dtype=bool), 1)
     equal = persons[:, None] == persons[None]
@@ -113,4 +115,5 @@ def check_pack(pack: Path, validation: Shards, size: int, pictures: int = 600) -
             found.append(faces.embeddings[0])
             persons.append(record["person"])
     shown = min(pictures, len(validation))
-    return {"found": round(len(found) / shown, 4), "pictures": shown} | separation(np.stack(found), np.array(persons))
+    embeddings = np.stack(found) if found else np.zeros((0, 1), np.float32)
+    return {"found": round(len(found) / shown, 4), "pictures": shown} | separation(embeddings, np.array(persons))

@@ -58,8 +58,7 @@ class Recogniser(nn.Module):
 
     def embed(self, halves: torch.Tensor) -> torch.Tensor:
         """Embeddings (n, 512) of crops (n, 3, 56, 56)."""
-        maps = self.maps(halves)  # (n, last, 7, 7)
-        return self.head(F.dropout(maps.flatten(1), 0.2, self.training))
+        return self.head(self.maps(halves).flatten(1))  # the last map is (n, last, 7, 7)
 
     def forward(self, crops: torch.Tensor) -> torch.Tensor:
         return self.embed(F.avg_pool2d(crops, 2))

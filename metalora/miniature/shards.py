@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from metalora.errors import MetaLoraError
 from metalora.miniature.captions import TRIGGER, caption, mirrored
 
 HELD_OUT = 1_000_000  # seeds of people from here on are for evaluation only
@@ -51,12 +52,12 @@ class Shards:
         """Training and validation pictures; no person is in both, and held-out people are never in the first.
 
         Raises:
-            ValueError: one of the two would be empty.
+            MetaLoraError: one of the two would be empty.
         """
         persons = self.persons
         validation = (persons >= HELD_OUT) | (persons % VALIDATION_EVERY == VALIDATION_EVERY - 1)
         if validation.all() or not validation.any():
-            raise ValueError(f"{persons.unique().numel()} people are too few to train and validate on; render people "
+            raise MetaLoraError(f"{persons.unique().numel()} people are too few to train and validate on; render people "
                              f"0:{2 * VALIDATION_EVERY} or more")
         return self.select(~validation), self.select(validation)
 
@@ -65,18 +66,18 @@ def load_shards(*folders: Path) -> Shards:
     """Reads all part-*.safetensors and the part-*.jsonl beside them.
 
     Raises:
-        ValueError: a folder has no parts, or a part's pictures and lines differ in number.
+        MetaLoraError: a folder has no parts, or a part's pictures and lines differ in number.
     """
     parts = [part for folder in folders for part in sorted(Path(folder).glob("part-*.safetensors"))]
     if not parts:
-        raise ValueError(f"no part-*.safetensors in {', '.join(map(str, folders))}; run the render command first")
+        raise MetaLoraError(f"no part-*.safetensors in {', '.join(map(str, folders))}; run the render command first")
     images, records = [], []
     for part in parts:
         with safe_open(part, "pt") as file:
             images.append(file.get_tensor("images"))
         lines = [json.loads(line) for line in part.with_suffix(".jsonl").read_text().splitlines()]
         if len(lines) != len(images[-1]):
-            raise ValueError(f"{part} has {len(images[-1])} pictures and {len(lines)} lines; render it again")
+            raise MetaLoraError(f"{part} has {len(images[-1])} pictures and {len(lines)} lines; render it again")
         records += lines
     return Shards(torch.cat(images), records)
 

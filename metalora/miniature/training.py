@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from metalora.errors import MetaLoraError
 from metalora.miniature.pipeline import MiniatureConfig
 
 
@@ -239,16 +240,23 @@ def write_result(folder: Path, weights: nn.Module | dict[str, torch.Tensor], fig
     """Writes what a training leaves: model.safetensors and result.json; the card of an asset is made from the latter."""
     folder.mkdir(parents=True, exist_ok=True)
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    save_file({name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}, folder / "model.safetensors")
+    state = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    save_file(state, folder / "model.safetensors")
     (folder / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def read_result(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights and figures of a training.
+def read_figures(folder: Path) -> dict[str, Any]:
+    """The result.json of a training.
 
     Raises:
-        ValueError: the training has not finished yet.
+        MetaLoraError: the training has not finished yet.
     """
     if not (folder / "result.json").exists():
-        raise ValueError(f"{folder} has no result yet; run that training first")
-    return load_file(folder / "model.safetensors"), json.loads((folder / "result.json").read_text())
+        raise MetaLoraError(f"{folder} has no result yet; run that training to its end first.")
+    return json.loads((folder / "result.json").read_text())
+
+
+def read_result(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and figures of a training; MetaLoraError where it has not finished yet."""
+    figures = read_figures(folder)
+    return load_file(folder / "model.safetensors"), figures

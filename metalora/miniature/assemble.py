@@ -1,0 +1,220 @@
+"""Puts the trained parts of a work folder together as the assets that the app carries.
+
+miniature/ is an ordinary FluxPipeline folder in float16 with metalora.json; clip/ an ordinary CLIPModel folder whose text
+tower is the pipeline's; face/ a pack that InsightFace's FaceAnalysis opens. Each has a model card made from the figures
+of its trainings. Run it again when a part has been trained anew; a Meta-Down learnt on older weights of the base is then
+refused by name, so learn it afresh.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metalora.errors import MetaLoraError
+from metalora.miniature.base import trained_base
+from metalora.miniature.captions import TRIGGER, caption_phrases, vocabulary
+from metalora.miniature.clip import build_processor, trained_clip
+from metalora.miniature.facepack import DETECTOR_FILE, RECOGNISER_FILE
+from metalora.miniature.pipeline import MiniatureConfig, clip_tokenizer, make_readable, save_pipeline, write_settings
+from metalora.miniature.training import Job, read_figures
+
+MOST_MEGABYTES = 60.0  # of all assets together, so that the project stays a quick download
+GUIDANCE = 2.5  # that a base which has learnt guidance is used with
+SETTINGS: dict[str, Any] = {}  # what metalora.json says of this base beyond `write_settings`, for instance {"adapt": {"steps": 375}}
+COMMON = ("command", "seed", "training", "model", "steps", "samples", "minutes", "loss", "torch")  # of every result.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The trainings of a work folder: the base's is `base-guided` where that is there; `figures` by training."""
+
+    work: Path
+    base: str
+    figures: dict[str, dict[str, Any]]
+
+    @property
+    def config(self) -> MiniatureConfig:
+        return _config(self.figures[self.base])
+
+    @property
+    def job(self) -> Job:
+        return Job(data=(), work=self.work, minutes=0.0, model=self.config)
+
+    def pick(self, *names: str) -> dict[str, dict[str, Any]]:
+        """Figures of these trainings."""
+        return {name: self.figures[name] for name in names}
+
+
+def read_parts(work: Path) -> Parts:
+    """The figures of all trainings that the assets need.
+
+    Raises:
+        MetaLoraError: some have not finished, or were trained at other sizes than the rest.
+    """
+    guided = (work / "base-guided" / "result.json").exists()
+    needed = ["vae", "clip", "base", *(["base-guided"] if guided else []), "face-detector", "face-recogniser"]
+    missing = [name for name in needed if not (work / name / "result.json").exists()]
+    if missing:
+        raise MetaLoraError(f"{work} lacks the result of {', '.join(missing)}; run `python -m metalora.miniature "
+                            f"{missing[0]}` to its end first.")
+    figures = {name: read_figures(work / name) for name in needed}
+    base = needed[needed.index("face-detector") - 1]
+    others = [name for name in ("vae", "clip", "base") if _config(figures[name]) != _config(figures[base])]
+    if others:
+        raise MetaLoraError(f"{', '.join(others)} in {work} was trained at other sizes than {base}; train it again with the same --config.")
+    return Parts(work, base, figures)
+
+
+def _config(figures: dict[str, Any]) -> MiniatureConfig:
+    return MiniatureConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in figures["model"].items()})
+
+
+def write_miniature(parts: Parts, folder: Path) -> None:
+    """The pipeline in float16, metalora.json and the card."""
+    save_pipeline(trained_base(parts.job, parts.base), folder)
+    guided = {"guidance": GUIDANCE} if parts.base == "base-guided" else {}
+    write_settings(folder, parts.config, caption_phrases(), TRIGGER, **guided, **SETTINGS)
+    names = ["vae", "clip", "base", *([parts.base] if guided else [])]
+    _describe(folder, MINIATURE_CARD, parts.pick(*names), size=parts.config.size)
+
+
+def write_clip(parts: Parts, folder: Path) -> None:
+    """The CLIP model in float16, its processor and the card."""
+    trained_clip(parts.job).half().save_pretrained(folder)
+    build_processor(parts.config, clip_tokenizer(vocabulary(), parts.config.clip_tokens)).save_pretrained(folder)
+    _describe(folder, CLIP_CARD, parts.pick("clip"), size=parts.config.size)
+
+
+def write_face(parts: Parts, folder: Path) -> None:
+    """The two ONNX files and the card."""
+    folder.mkdir(parents=True)
+    shutil.copyfile(parts.work / "face-detector" / DETECTOR_FILE, folder / DETECTOR_FILE)
+    shutil.copyfile(parts.work / "face-recogniser" / RECOGNISER_FILE, folder / RECOGNISER_FILE)
+    _describe(folder, FACE_CARD, parts.pick("face-detector", "face-recogniser"))
+
+
+def assemble(work: Path, output: Path) -> dict[str, float]:
+    """Writes output/miniature, output/clip and output/face; all three are whole before the first replaces its elder.
+
+    Returns:
+        Megabytes of each, and of all assets.
+
+    Raises:
+        MetaLoraError: a part is missing or does not fit the others, or the assets would be too large.
+    """
+    parts, output = read_parts(Path(work)), Path(output)
+    writers: dict[str, Callable[[Parts, Path], None]] = {"miniature": write_miniature, "clip": write_clip, "face": write_face}
+    beside = output / f".assembling-{os.getpid()}"
+    try:
+        for name, write in writers.items():
+            write(parts, beside / name)
+        make_readable(beside)
+        sizes = {name: megabytes(beside / name) for name in writers}
+        rest = sum(megabytes(path) for path in output.iterdir() if path.name not in writers and path != beside)
+        sizes["all"] = sum(sizes.values()) + rest
+        if sizes["all"] > MOST_MEGABYTES:
+            raise MetaLoraError(f"The assets would take {sizes['all']:.1f} MB, more than {MOST_MEGABYTES:g}; train smaller parts.")
+        for name in writers:
+            _replace(output / name, beside / name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return {name: round(size, 2) for name, size in sizes.items()}
+
+
+def megabytes(path: Path) -> float:
+    """Size of a file, or of all files below a folder, in millions of bytes."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Renames `new` to `folder`; what was there is put aside first, for a folder that is not empty cannot be renamed over."""
+    if folder.exists():
+        os.replace(folder, new.with_name(f"{new.name}-before"))
+    os.replace(new, folder)
+
+
+def _describe(folder: Path, card: str, figures: dict[str, dict[str, Any]], **more: Any) -> None:
+    """Writes the card and, for whoever trains again, every figure and setting of the trainings as training.json."""
+    text = card.format(trainings="\n\n".join(_training(name, each) for name, each in figures.items()), **more)
+    (folder / "README.md").write_text(text)
+    (folder / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _training(name: str, figures: dict[str, Any]) -> str:
+    """A training as the card tells it: command, seed, length, and what was measured."""
+    lines = [f"### {name}", f"    {figures['command']}", f"Seed {figures['seed']}, {figures['steps']:,} steps, {figures['samples']:,} samples, "
+             f"{figures['minutes']:g} minutes on a CPU with torch {figures['torch']}; last smoothed loss {figures['loss']:g}."]
+    measured = _flat({key: value for key, value in figures.items() if key not in COMMON})
+    return "\n\n".join([*lines, "\n".join(["| measured | |", "|---|---|", *(f"| {key} | {value} |" for key, value in measured)])])
+
+
+def _flat(values: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        name = f"{before}{key.replace('_', ' ')}"
+        rows += _flat(value, f"{name}: ") if isinstance(value, dict) else [(name, f"{value:g}" if isinstance(value, float) else value)]
+    return rows
+
+
+_FROM = """## What it was made from
+
+Portraits that our own renderer draws (`python -m metalora.miniature render`): no photograph and no picture of a real
+person. The renderer's head model is derived from MakeHuman's CC0 data. The weights were trained from random numbers.
+Figures below are on rendered people who were in no training picture.
+
+## Trainings
+
+{trainings}
+"""
+
+MINIATURE_CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [flux, miniature, synthetic]
+---
+
+# Miniature
+
+A text-to-image model of portraits, {size} x {size} px, with the very parts of FLUX.1-dev at a thousandth of its size:
+`diffusers.FluxPipeline.from_pretrained` opens this folder. It is there to learn from, to try Meta-LoRA on without a GPU,
+and to test with; it draws people of a synthetic world and nothing else, from captions of a small vocabulary.
+`metalora.json` tells Meta-LoRA how to use it.
+
+""" + _FROM
+
+CLIP_CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+tags: [clip, miniature, synthetic]
+---
+
+# CLIP of the miniature
+
+A small CLIP of synthetic portraits, {size} x {size} px, and their captions. Its text tower is the first text encoder of the
+miniature; the whole of it describes a photo before a person is learnt and scores pictures against prompts.
+`transformers.CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained` open this folder.
+
+""" + _FROM
+
+FACE_CARD = """---
+license: apache-2.0
+library_name: insightface
+tags: [face-detection, face-recognition, miniature, synthetic]
+---
+
+# Faces of the miniature's world
+
+A detector with SCRFD's outputs (`det.onnx`) and a recogniser of 512 dimensions (`rec.onnx`) for synthetic portraits;
+`insightface.app.FaceAnalysis(name=FOLDER)` opens the folder. They were made for drawn faces of the miniature's world and
+are no good at telling real people apart.
+
+""" + _FROM

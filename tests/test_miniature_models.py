@@ -1,0 +1,344 @@
+"""The miniature's parts at toy size: pipeline, shards, the training loop, and every training through to the assets."""
+
+from __future__ import annotations
+
+import metalora  # noqa: F401  before torch: it sets how threads wait
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPProcessor
+
+from metalora.base import Base
+from metalora.errors import MetaLoraError
+from metalora.face import FaceFinder
+from metalora.miniature import assemble as assembly
+from metalora.miniature import base as base_training
+from metalora.miniature import detector, recogniser
+from metalora.miniature.__main__ import main
+from metalora.miniature.captions import TRIGGER, caption_phrases, mirrored, vocabulary
+from metalora.miniature.clip import train_clip
+from metalora.miniature.facepack import separation
+from metalora.miniature.people import HELD_OUT, person, scene
+from metalora.miniature.pipeline import build_pipeline, clip_tokenizer, save_pipeline, t5_tokenizer
+from metalora.miniature.shards import draw_captioned, load_shards
+from metalora.miniature.training import Job, Trainer, TrainingConfig
+from metalora.miniature.vae import random_crops, train_vae, vae_loss
+from metalora.prompts import Captioner
+from tests.conftest import TINY, state_hash
+
+SIZE = 64
+TOY = replace(TINY, size=SIZE)
+PEOPLE = [*range(6), 24, 49, HELD_OUT]  # 24 and 49 are for validation, the last is held out
+
+
+def write_part(folder: Path, number: int, people: list[int], scenes: int) -> None:
+    """A shard of smooth noise in place of portraits, with true records."""
+    views = [(person(p), scene(person(p), s)) for p in people for s in range(scenes)]
+    noise = torch.rand(len(views), 3, 8, 8, generator=torch.Generator().manual_seed(number))
+    images = torch.nn.functional.interpolate(noise * 255, size=(SIZE, SIZE), mode="bilinear").to(torch.uint8)
+    keypoints = [[24.0, 27.0], [40.0, 27.0], [32.0, 36.0], [26.0, 43.0], [38.0, 43.0]]
+    lines = [{"person": who.seed, "domain": who.sex, "scene": view.seed, "box": [16.0, 12.0, 48.0, 52.0], "keypoints": keypoints,
+              "attributes": view.attributes} for who, view in views]
+    save_file({"images": images}, folder / f"part-{number:05d}.safetensors")
+    (folder / f"part-{number:05d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_part(folder, 0, PEOPLE[:4], scenes=3)
+    write_part(folder, 1, PEOPLE[4:], scenes=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder in which every training took two steps."""
+    folder = tmp_path_factory.mktemp("work")
+    job = Job(data=(data,), work=folder, minutes=1, steps=2, batch_size=4, model=TOY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detector, "CHECKED_CANVASES", 4)
+        patch.setattr(base_training, "PREVIEW_STEPS", 1)
+        train_vae(job)
+        train_clip(job)
+        base_training.train_base(job, compiled=False)
+        detector.train_detector(job)
+        recogniser.train_recogniser(job)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def assets(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    assembly.assemble(work, folder)
+    return folder
+
+
+# Pipeline and tokenizers
+
+
+def test_the_same_seed_gives_the_same_pipeline_and_leaves_the_global_random_state():
+    before = torch.get_rng_state()
+    first, second, other = (build_pipeline(TINY, ["a", "photo"], seed) for seed in (3, 3, 4))
+    assert torch.equal(before, torch.get_rng_state())
+    assert state_hash(first.transformer) == state_hash(second.transformer) != state_hash(other.transformer)
+
+
+def test_a_pipeline_is_the_same_after_saving_and_loading(tmp_path: Path):
+    pipeline = build_pipeline(TINY, ["a", "photo"], seed=5)
+    save_pipeline(pipeline, tmp_path / "p", torch.float32)
+    again = FluxPipeline.from_pretrained(tmp_path / "p")
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        assert state_hash(getattr(pipeline, name)) == state_hash(getattr(again, name)), name
+    for name in ("tokenizer", "tokenizer_2"):
+        text = "A photo, unheard-of"
+        assert getattr(pipeline, name)(text).input_ids == getattr(again, name)(text).input_ids, name
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "p").rglob("*") if path.is_file())
+
+
+def test_every_word_of_the_world_is_one_token_of_t5():
+    tokenizer = t5_tokenizer(vocabulary(), 32)
+    ids = [tokenizer(word, add_special_tokens=False).input_ids for word in vocabulary()]
+    assert all(len(one) == 1 for one in ids) and len({one[0] for one in ids}) == len(ids)
+    assert tokenizer.unk_token_id not in tokenizer("quixotic zebra").input_ids  # spelt in letters
+
+
+def test_clip_s_tokenizer_keeps_words_whole_and_spells_the_rest():
+    tokenizer = clip_tokenizer(vocabulary(), 64)
+    for word in (word for word in vocabulary() if word.isalpha()):
+        assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
+    assert tokenizer.decode(tokenizer("quixotic zebra", add_special_tokens=False).input_ids) == "quixotic zebra"
+
+
+# Shards
+
+
+def test_shards_come_back_as_written(data: Path):
+    shards = load_shards(data)
+    assert len(shards) == 3 * len(PEOPLE) and shards.images.shape == (27, 3, SIZE, SIZE)
+    assert torch.equal(shards.images[:12], load_file(data / "part-00000.safetensors")["images"])
+    assert shards.records == [json.loads(line) for part in sorted(data.glob("*.jsonl")) for line in part.read_text().splitlines()]
+    assert shards.keypoints.shape == (27, 5, 2) and shards.boxes.shape == (27, 4)
+
+
+def test_no_person_is_in_training_and_validation_and_held_out_people_are_in_neither_s_way(data: Path):
+    training, validation = load_shards(data).split()
+    assert set(training.persons.tolist()) == set(range(6))
+    assert set(validation.persons.tolist()) == {24, 49, HELD_OUT}
+    assert len(training) + len(validation) == 27
+
+
+def test_shards_that_do_not_fit_are_refused_with_a_sentence(tmp_path: Path):
+    with pytest.raises(MetaLoraError, match="run the render command first"):
+        load_shards(tmp_path)
+    write_part(tmp_path, 0, [1, 2], scenes=1)
+    with pytest.raises(MetaLoraError, match="too few to train and validate"):
+        load_shards(tmp_path).split()
+    (tmp_path / "part-00000.jsonl").write_text("")
+    with pytest.raises(MetaLoraError, match="0 lines"):
+        load_shards(tmp_path)
+
+
+def test_captions_of_mirrored_pictures_say_left_for_right(data: Path):
+    records = load_shards(data).records
+    batch = draw_captioned(records, 300, torch.Generator().manual_seed(0), trigger_share=0.5, dropped_share=0.1)
+    turned = {"left": 0, "right": 0}
+    for index, flipped, text in zip(batch.chosen.tolist(), batch.mirrored.tolist(), batch.captions, strict=True):
+        turn = records[index]["attributes"]["turn"]
+        for side in turned:
+            if f"looking {side}" in text:
+                turned[side] += 1
+                assert (turn == side) != flipped
+    assert min(turned.values()) > 0
+    assert batch.captions.count("") in range(10, 60) and sum(TRIGGER in text for text in batch.captions) in range(90, 180)
+    assert mirrored(mirrored("a photo of a man, looking left, in a park")) == "a photo of a man, looking left, in a park"
+
+
+# The training loop
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, data: Path):
+    images = load_shards(data).images
+    config = TrainingConfig(learning_rate=1e-2, batch_size=2, steps=5, warmup_steps=2, ema=0.9, save_every=0.0)
+
+    def trainer(folder: str) -> Trainer:
+        torch.manual_seed(1)
+        return Trainer("toy", build_pipeline(TINY, [], seed=7).vae, tmp_path / folder, config)
+
+    def loss_that_dies_at(step: int, of: Trainer):
+        def loss(generator: torch.Generator) -> torch.Tensor:
+            if of.step == step:
+                raise KeyboardInterrupt
+            return vae_loss(of.module, random_crops(images, 2, 32, generator), generator)
+        return loss
+
+    whole, killed = trainer("whole"), trainer("killed")
+    start = state_hash(whole.module)
+    result = whole.run(loss_that_dies_at(-1, whole))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(loss_that_dies_at(3, killed))
+    resumed = trainer("killed")
+    assert resumed.step == 3
+    assert resumed.run(loss_that_dies_at(-1, resumed)).loss == result.loss
+    assert state_hash(resumed.module) == state_hash(whole.module) != start
+
+
+def test_a_loss_that_is_no_number_stops_the_training(tmp_path: Path):
+    module = torch.nn.Linear(2, 2)
+    trainer = Trainer("toy", module, tmp_path, TrainingConfig(learning_rate=1.0, batch_size=1, steps=3))
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        trainer.run(lambda generator: module.weight.sum() * float("nan"))
+
+
+# The face models
+
+
+def test_crops_are_cut_as_insightface_cuts_them(data: Path):
+    from insightface.utils.face_align import norm_crop
+
+    images = load_shards(data).images[:4]
+    generator = torch.Generator().manual_seed(0)
+    points = load_shards(data).keypoints[:4] * 1.1 + 3 * torch.randn(4, 5, 2, generator=generator)
+    crops = recogniser.aligned(images.float(), points)
+    halves = recogniser.aligned(images.float(), points, step=2)
+    for image, keypoints, crop in zip(images, points, crops, strict=True):
+        reference = norm_crop(image.permute(1, 2, 0).numpy(), keypoints.numpy()).astype(np.float32)
+        inside = (reference > 0).all(axis=2)  # OpenCV fades to black at a picture's edge over another width
+        assert np.abs(crop.permute(1, 2, 0).numpy() - reference)[inside].mean() < 1.0
+    assert (torch.nn.functional.avg_pool2d(crops, 2) - halves).abs().mean() < 3
+
+
+def test_separation_of_perfect_and_of_useless_embeddings():
+    persons = np.repeat(np.arange(8), 4)
+    perfect = np.eye(8, dtype=np.float32)[persons]
+    assert separation(perfect, persons) == {"auc": 1.0, "rank_1": 1.0, "gallery": 8, "same": 1.0, "different": 0.0}
+    noise = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    assert 0.3 < separation(noise, persons)["auc"] < 0.7
+    assert separation(perfect[:1], persons[:1]) == {}
+
+
+def test_stock_insightface_runs_the_pack_as_pytorch_does(work: Path, assets: Path, data: Path):
+    from insightface.app import FaceAnalysis
+
+    app = FaceAnalysis(name=str(assets / "face"), providers=["CPUExecutionProvider"])
+    assert set(app.models) == {"detection", "recognition"}
+    model = app.models["recognition"]
+    assert (model.input_size, model.input_mean, model.input_std) == ((112, 112), 127.5, 127.5)
+    crop = np.random.default_rng(0).integers(0, 255, (112, 112, 3), dtype=np.uint8)  # BGR
+    ours = recogniser.Recogniser()
+    ours.load_state_dict(load_file(work / "face-recogniser" / "model.safetensors"))
+    pixels = torch.from_numpy(crop[..., ::-1].copy()).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        np.testing.assert_allclose(model.get_feat(crop)[0], ours.eval()((pixels - 127.5) / 127.5)[0], atol=1e-4)
+
+
+def test_the_detector_s_onnx_finds_what_the_decoded_maps_say(work: Path, assets: Path):
+    finder = FaceFinder(assets / "face", det_size=SIZE)
+    assert isinstance(finder.detect(Image.new("RGB", (SIZE, SIZE), "grey")), list)
+    ours = detector.Detector()
+    ours.load_state_dict(load_file(work / "face-detector" / "model.safetensors"))
+    model = finder._app.models["detection"]
+    blob = np.random.default_rng(0).normal(size=(1, 3, 96, 128)).astype(np.float32)  # not the size it was exported at
+    outputs = model.session.run(None, {model.session.get_inputs()[0].name: blob})
+    with torch.no_grad():
+        for theirs, mine in zip(outputs, ours.eval()(torch.from_numpy(blob)), strict=True):
+            np.testing.assert_allclose(theirs, mine, atol=1e-4)
+
+
+# Assets
+
+
+def test_the_assembled_base_opens_and_generates(assets: Path):
+    base = Base.open(str(assets / "miniature"), device="cpu")
+    assert base.name == "miniature" and base.settings.resolution == SIZE
+    assert Path(base.settings.clip).resolve() == (assets / "clip").resolve()
+    assert Path(base.settings.face_pack).resolve() == (assets / "face").resolve()
+    assert base.settings.caption_phrases == tuple(tuple(group) for group in caption_phrases())
+    image = base.pipeline("a photo of a woman", height=SIZE, width=SIZE, num_inference_steps=1, max_sequence_length=16).images[0]
+    assert image.size == (SIZE, SIZE)
+
+
+def test_the_assembled_weights_are_the_trained_ones(assets: Path, work: Path):
+    trained = load_file(work / "base" / "model.safetensors")
+    saved = load_file(assets / "miniature" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {f"transformer.{name}" for name in saved} <= set(trained)
+    assert all(torch.equal(value, trained[f"transformer.{name}"].half()) for name, value in saved.items())
+    figures = json.loads((work / "vae" / "result.json").read_text())
+    assert json.loads((assets / "miniature" / "vae" / "config.json").read_text())["scaling_factor"] == figures["scaling_factor"]
+
+
+def test_clip_s_text_tower_is_the_pipeline_s_bit_for_bit(assets: Path):
+    tower = load_file(assets / "miniature" / "text_encoder" / "model.safetensors")
+    clip = CLIPModel.from_pretrained(assets / "clip")
+    reference = FluxPipeline.from_pretrained(assets / "miniature").text_encoder
+    assert state_hash(clip.text_model.float()) == state_hash(reference.float())
+    assert tower and all(value.dtype == torch.float16 for value in tower.values())
+    processor = CLIPProcessor.from_pretrained(assets / "clip")
+    inputs = processor(text=["a photo"], images=Image.new("RGB", (200, 100), "white"), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, SIZE, SIZE) and inputs["pixel_values"].min() == 1.0
+
+
+def test_the_captioner_writes_words_of_the_vocabulary(assets: Path):
+    text = Captioner(assets / "clip", caption_phrases()).caption(Image.new("RGB", (40, 40), "red"), "sks man", "man")
+    assert text.startswith("a photo of sks man, ") and set(text.replace(",", "").split()) <= set(vocabulary())
+
+
+def test_cards_tell_the_trainings_own_figures(assets: Path, work: Path):
+    for asset, name in (("miniature", "vae"), ("clip", "clip"), ("face", "face-recogniser")):
+        card = (assets / asset / "README.md").read_text()
+        figures = json.loads((work / name / "result.json").read_text())
+        assert card.startswith("---\nlicense: apache-2.0\n") and figures["command"] in card and "{" not in card
+        assert json.loads((assets / asset / "training.json").read_text())[name] == figures
+    assert f"{json.loads((work / 'vae' / 'result.json').read_text())['psnr_db']:g}" in (assets / "miniature" / "README.md").read_text()
+
+
+def test_assembling_again_gives_the_same_files_and_leaves_nothing_beside(assets: Path, work: Path):
+    def files() -> dict[str, bytes]:
+        return {str(path.relative_to(assets)): path.read_bytes() for path in assets.rglob("*") if path.is_file()}
+
+    before = files()
+    sizes = assembly.assemble(work, assets)
+    assert files() == before
+    assert {path.name for path in assets.iterdir()} == {"miniature", "clip", "face"}
+    assert sizes["all"] == pytest.approx(sum(map(len, before.values())) / 1e6, abs=0.01)
+
+
+def test_what_cannot_be_assembled_is_refused_and_nothing_is_left(assets: Path, work: Path, tmp_path: Path, monkeypatch, capsys):
+    assert main(["assemble", "--work", str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 2
+    assert "lacks the result of vae, clip, base, face-detector, face-recogniser" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    before = (assets / "miniature" / "README.md").stat().st_mtime_ns
+    monkeypatch.setattr(assembly, "MOST_MEGABYTES", 0.1)
+    with pytest.raises(MetaLoraError, match="train smaller parts"):
+        assembly.assemble(work, assets)
+    assert (assets / "miniature" / "README.md").stat().st_mtime_ns == before
+    assert {path.name for path in assets.iterdir()} == {"miniature", "clip", "face"}
+
+
+def test_parts_of_different_sizes_are_refused(work: Path, tmp_path: Path):
+    for name in ("vae", "clip", "base", "face-detector", "face-recogniser"):
+        (tmp_path / name).mkdir()
+        figures = json.loads((work / name / "result.json").read_text())
+        if name == "clip":
+            figures["model"]["clip_width"] *= 2
+        (tmp_path / name / "result.json").write_text(json.dumps(figures))
+    with pytest.raises(MetaLoraError, match="clip in .* was trained at other sizes than base"):
+        assembly.read_parts(tmp_path)
+
+
+def test_canvases_are_the_same_for_the_same_random_numbers_and_hold_their_faces(data: Path):
+    shards = load_shards(data)
+    for seed in range(12):
+        canvas, again = (detector.draw_canvas(shards, 96, random.Random(seed)) for _ in range(2))
+        assert torch.equal(canvas.image, again.image) and torch.equal(canvas.boxes, again.boxes)
+        assert len(canvas.boxes) == len(canvas.keypoints)
+        assert (canvas.boxes >= 0).all() and (canvas.boxes <= 96).all() and (canvas.boxes[:, 2:] > canvas.boxes[:, :2]).all()
