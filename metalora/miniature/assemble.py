@@ -167,7 +167,7 @@ _FROM = """## What it was made from
 
 Portraits that our own renderer draws (`python -m metalora.miniature render`): no photograph and no picture of a real
 person. The renderer's head model is derived from MakeHuman's CC0 data. The weights were trained from random numbers.
-Figures below are on rendered people who were in no training picture.
+They are under Apache-2.0, as the code is. What is measured below was measured on rendered people who are in no training picture.
 
 ## Trainings
 
@@ -183,7 +183,7 @@ tags: [flux, miniature, synthetic]
 
 # Miniature
 
-A text-to-image model of portraits, {size} x {size} px, with the very parts of FLUX.1-dev at a thousandth of its size:
+A text-to-image model of portraits, {size} x {size} px, built of the very parts of FLUX.1-dev, only small:
 `diffusers.FluxPipeline.from_pretrained` opens this folder. It is there to learn from, to try Meta-LoRA on without a GPU,
 and to test with; it draws people of a synthetic world and nothing else, from captions of a small vocabulary.
 `metalora.json` tells Meta-LoRA how to use it.

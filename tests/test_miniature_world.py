@@ -1,0 +1,199 @@
+"""The portrait world: people and scenes by their seeds, what captions say of them, and what is drawn."""
+
+from __future__ import annotations
+
+import metalora  # noqa: F401  before torch: it sets how threads wait
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from metalora.data import load_dataset
+from metalora.miniature import captions, dataset, people
+from metalora.miniature.__main__ import main
+from metalora.miniature.base import PREVIEW_PROMPTS
+from metalora.miniature.pipeline import MiniatureConfig, clip_tokenizer, t5_tokenizer
+from metalora.miniature.render import render
+from metalora.miniature.shards import load_shards
+from metalora.prompts import fill
+
+WORDS = set(captions.vocabulary())
+SEEDS = st.integers(0, 2_000_000)
+SIZE = 48
+
+
+def words(text: str) -> list[str]:
+    """Words and commas."""
+    return re.findall(r"[^\s,]+|,", text)
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    config = MiniatureConfig()
+    return [(clip_tokenizer(WORDS, config.clip_tokens), config.clip_tokens), (t5_tokenizer(WORDS, config.max_sequence_length), config.max_sequence_length)]
+
+
+# People and scenes
+
+
+@given(SEEDS, st.integers(0, 10_000))
+def test_a_seed_is_always_the_same_person_and_picture(seed: int, number: int):
+    who = people.person(seed)
+    assert who == people.person(seed)
+    view, again = people.scene(who, number), people.scene(people.person(seed), number)
+    assert view == again and view.attributes == again.attributes
+
+
+def test_people_differ_and_are_of_both_sexes_and_all_ages():
+    crowd = [people.person(seed) for seed in range(300)]
+    assert len({who.shape for who in crowd}) == 300
+    assert {who.sex for who in crowd} == {"woman", "man"} and {who.age_word for who in crowd} == set(captions.AGES)
+    assert {who.skin_word for who in crowd} == set(captions.SKINS)
+    assert 110 < sum(who.sex == "woman" for who in crowd) < 190
+
+
+def test_drawing_people_leaves_the_global_random_state():
+    before = random.getstate()
+    people.scene(people.person(1), 2)
+    assert random.getstate() == before
+
+
+@given(SEEDS, st.integers(0, 10_000))
+def test_a_picture_is_said_to_show_only_what_can_be_seen(seed: int, number: int):
+    who = people.person(seed)
+    view = people.scene(who, number)
+    seen = view.attributes
+    assert (seen["hat"] is None) == (seen["hat_colour"] is None)
+    assert seen["hair"] in (None, view.hair) and seen["glasses"] == view.glasses and seen["sex"] == who.sex
+    assert seen["hair"] is not None or view.hat is not None
+    assert {"left": view.yaw < 0, "right": view.yaw > 0, None: True}[seen["turn"]]
+    json.dumps(seen)
+
+
+# Captions
+
+
+@given(SEEDS, st.integers(0, 10_000), st.integers(), st.sampled_from([None, "sks woman", "sks man"]))
+@settings(max_examples=300, deadline=None)
+def test_captions_are_short_of_known_words_and_fit_the_text_encoders(tokenizers, seed: int, number: int, luck: int, stand_in: str | None):
+    view = people.scene(people.person(seed), number)
+    text = captions.caption(view.attributes, random.Random(luck), stand_in)
+    assert set(words(text)) <= WORDS
+    assert len(words(text)) <= captions.MAX_WORDS
+    assert ", ," not in text and not text.endswith(",") and text == text.strip()
+    assert " a a" not in text.replace(" a an", "") and not re.search(r"\ba [aeiou]|\ban [^aeiou]", text)
+    for tokenizer, length in tokenizers:
+        assert len(tokenizer(text).input_ids) <= length
+    if stand_in:
+        assert stand_in in text and not any(f" {age} " in text for age in captions.AGES)
+
+
+@given(SEEDS, st.integers(0, 10_000), st.integers())
+@settings(max_examples=200, deadline=None)
+def test_captions_say_nothing_that_the_picture_does_not_show(seed: int, number: int, luck: int):
+    seen = people.scene(people.person(seed), number).attributes
+    text = captions.caption(seen, random.Random(luck))
+    assert ("glasses" not in text) or seen["glasses"]
+    assert not any(f" {hat}" in text and seen["hat"] != hat for hat in captions.HATS)
+    said = {key for key, phrases in captions.BACKGROUNDS.items() if any(f", {p}," in f", {text}," for p in phrases)}
+    assert said <= {seen["background"]}
+    said = {key for key, phrases in captions.EXPRESSIONS.items() if any(f", {p}," in f", {text}," for p in phrases)}
+    assert said <= {seen["expression"]}
+
+
+def test_captions_of_one_picture_vary():
+    view = people.scene(people.person(3), 4)
+    assert len({captions.caption(view.attributes, random.Random(luck)) for luck in range(50)}) > 20
+
+
+def test_all_prompts_of_the_project_are_made_of_known_words():
+    prompts = [fill(prompt, "sks woman") for prompt in dataset.PROMPTS + dataset.MORE_PROMPTS]
+    phrases = [phrase for group in captions.caption_phrases() for phrase in group]
+    for text in [*prompts, *PREVIEW_PROMPTS, *phrases]:
+        assert set(words(text)) <= WORDS, text
+        assert len(words(text)) <= captions.MAX_WORDS, text
+
+
+# Pictures
+
+
+PAIRS = [(seed, number) for seed, number in ((1, 0), (2, 3), (people.HELD_OUT, 1))]
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return render([(people.person(seed), people.scene(people.person(seed), number)) for seed, number in PAIRS], SIZE)
+
+
+def test_a_picture_is_drawn_the_same_again_and_in_other_company(drawn):
+    images, boxes, points = drawn
+    who = people.person(PAIRS[1][0])
+    again, box, point = render([(who, people.scene(who, PAIRS[1][1]))], SIZE)
+    twice = render([(who, people.scene(who, PAIRS[1][1]))], SIZE)[0]
+    assert torch.equal(again, twice)
+    assert (again[0].int() - images[1].int()).abs().float().mean() < 0.05
+    assert torch.allclose(box[0], boxes[1], atol=1e-3) and torch.allclose(point[0], points[1], atol=1e-3)
+
+
+def test_keypoints_lie_in_the_face_box_and_in_order(drawn):
+    images, boxes, points = drawn
+    assert images.shape == (3, 3, SIZE, SIZE) and images.dtype == torch.uint8
+    assert boxes.shape == (3, 4) and points.shape == (3, 5, 2)
+    for box, (eye, other_eye, nose, mouth, other_mouth) in zip(boxes, points, strict=True):
+        inside = torch.stack([eye, other_eye, nose, mouth, other_mouth])
+        assert (inside >= box[:2]).all() and (inside <= box[2:]).all()
+        assert eye[0] < other_eye[0] and mouth[0] < other_mouth[0]  # as seen, from left to right
+        assert max(eye[1], other_eye[1]) < nose[1] < min(mouth[1], other_mouth[1])
+        assert (box[2:] - box[:2]).min() > 0.3 * SIZE
+
+
+def test_keypoints_of_many_people_are_found_where_they_were_drawn():
+    """The eyes are the brightest or darkest spots of a face; at least they are nothing like plain skin."""
+    pairs = [(who := people.person(seed), dataset.reference(who, 0)) for seed in (11, 12)]
+    images, boxes, points = render(pairs, 96)
+    for image, box, marks in zip(images.float(), boxes, points, strict=True):
+        x0, y0, x1, y1 = box.int().tolist()
+        face = image[:, y0:y1, x0:x1].mean(dim=(1, 2))
+        x, y = marks[0].round().int().tolist()
+        assert (image[:, y - 2:y + 3, x - 3:x + 4] - face[:, None, None]).abs().amax() > 25
+
+
+# Commands
+
+
+def test_the_dataset_command_writes_what_the_reader_of_datasets_reads(tmp_path: Path):
+    assert main(["dataset", "--output", str(tmp_path), "--people", f"{people.HELD_OUT},7", "--others", "1", "--size", "32", "--all-prompts"]) == 0
+    read = load_dataset(tmp_path)
+    assert [subject.identity for subject in read.subjects] == [str(people.HELD_OUT), "7"]
+    assert read.prompts == [*dataset.PROMPTS, *dataset.MORE_PROMPTS]
+    for subject in read.subjects:
+        assert subject.domain == people.person(int(subject.identity)).sex
+        assert len(subject.references) == len(subject.others) == 1
+        for item in subject.items:
+            assert item.path.is_file() and set(words(fill(item.text, "sks woman"))) <= WORDS
+
+
+def test_a_reference_photo_is_calm_bare_headed_and_nearly_from_the_front():
+    for seed in range(40):
+        view = dataset.reference(people.person(seed), 0)
+        assert view.hat is None and view.hair == people.person(seed).hair and abs(view.yaw) < 13
+        assert view.attributes["hat"] is None and view.attributes["expression"] == view.expression in ("neutral", "smile")
+
+
+def test_the_render_command_writes_shards_and_goes_on_where_it_stopped(tmp_path: Path):
+    command = ["render", "--output", str(tmp_path), "--people", "24:26", "--scenes", "1", "--size", "32", "--device", "cpu"]
+    assert main(command) == 0
+    part, = tmp_path.glob("part-*.safetensors")
+    before = part.stat().st_mtime_ns
+    assert main(command) == 0 and part.stat().st_mtime_ns == before
+    shards = load_shards(tmp_path)
+    assert shards.persons.tolist() == [24, 25] and torch.equal(shards.images, load_file(part)["images"])
+    assert shards.records[0]["attributes"] == people.scene(people.person(24), 0).attributes
+    training, validation = shards.split()
+    assert training.persons.tolist() == [25] and validation.persons.tolist() == [24]
