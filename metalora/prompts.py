@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from .clip import Clip
 from .errors import MetaLoraError
 
 PLACE = "{person}"
@@ -34,29 +35,14 @@ class Captioner:
     what is not the person; ours: how]
     """
 
-    def __init__(self, clip: str | Path, groups: Sequence[Sequence[str]]):
-        self.clip, self.groups = clip, groups
-        self._loaded = None
+    def __init__(self, clip: str | Path | Clip, groups: Sequence[Sequence[str]]):
+        self.clip = clip if isinstance(clip, Clip) else Clip(clip)
+        self.groups = groups
 
     def caption(self, image: Image.Image, words: str, noun: str) -> str:
         """"a photo of sks woman, smiling, in a green park" for words "sks woman" and noun "woman"."""
         return ", ".join([f"a photo of {words}", *(self._best(image, noun, group) for group in self.groups)])
 
     def _best(self, image: Image.Image, noun: str, group: Sequence[str]) -> str:
-        import torch
-
-        model, processor = self._load()
-        texts = [f"a photo of a {noun}, {phrase}" for phrase in group]
-        inputs = processor(text=texts, images=image.convert("RGB"), return_tensors="pt", padding=True, truncation=True)
-        with torch.no_grad():
-            return group[int(model(**inputs).logits_per_image.argmax())]
-
-    def _load(self):
-        if self._loaded is None:
-            from transformers import CLIPModel, CLIPProcessor
-
-            try:
-                self._loaded = CLIPModel.from_pretrained(self.clip).float().eval(), CLIPProcessor.from_pretrained(self.clip)
-            except (OSError, ValueError) as error:
-                raise MetaLoraError(f"The CLIP model {self.clip} cannot be read; get it afresh, or go online once.") from error
-        return self._loaded
+        texts = self.clip.texts([f"a photo of a {noun}, {phrase}" for phrase in group])  # (phrases, d)
+        return group[int((texts @ self.clip.images([image])[0]).argmax())]

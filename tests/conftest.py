@@ -16,13 +16,15 @@ from metalora.config import AdaptConfig, AdapterConfig
 from metalora.metadown import MetaDown
 from metalora.miniature.pipeline import MiniatureConfig, build_pipeline, save_pipeline, write_settings
 
+from .parts import build_pack, build_small_clip
+
 WORDS = "a photo of sks woman man smiling in the green park red cap".split()
 TINY = MiniatureConfig(size=32, vae_widths=(8, 8, 8, 8), heads=2, double_blocks=1, single_blocks=2, t5_width=32, t5_layers=1, clip_width=32, clip_layers=1, clip_heads=2)
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a base model with random weights: 32 px, 4 image tokens."""
+    """Folder of a base model with random weights: 32 px, 4 image tokens; beside it a face pack and a CLIP."""
     folder = tmp_path_factory.mktemp("base") / "tiny"
     pipeline = build_pipeline(TINY, WORDS, seed=1)
     torch.manual_seed(1)
@@ -30,6 +32,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for p in pipeline.transformer.parameters():
         p.data += 0.05 * torch.randn_like(p)
     save_pipeline(pipeline, folder)
+    build_pack(folder.parent / "face")
+    build_small_clip(folder.parent / "clip", TINY, WORDS)
     write_settings(folder, TINY, [], "sks", name="tiny", adapter={"rank": 1, "meta_rank": 4, "scale": 0.75}, inference_steps=3)
     return folder
 

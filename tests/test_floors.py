@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "metalora"
 FLOORS = [
     {"errors"},
     {"config"},
-    {"flow", "adapter", "files", "prompts", "photo", "face"},
-    {"data", "metadown"},
+    {"flow", "adapter", "files", "photo", "face", "clip"},
+    {"data", "metadown", "prompts"},
     {"identity", "hub"},
     {"base"},
     {"cache"},
