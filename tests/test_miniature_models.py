@@ -5,6 +5,7 @@ from __future__ import annotations
 import metalora  # noqa: F401  before torch: it sets how threads wait
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,6 +192,13 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, data: Pat
     assert state_hash(resumed.module) == state_hash(whole.module) != start
 
 
+def test_a_checkpoint_of_another_model_is_refused_with_a_sentence(tmp_path: Path):
+    config = TrainingConfig(learning_rate=1.0, batch_size=1, steps=1)
+    Trainer("toy", torch.nn.Linear(2, 2), tmp_path, config).save()
+    with pytest.raises(MetaLoraError, match="remove it to begin anew"):
+        Trainer("toy", torch.nn.Linear(2, 3), tmp_path, config)
+
+
 def test_a_loss_that_is_no_number_stops_the_training(tmp_path: Path):
     module = torch.nn.Linear(2, 2)
     trainer = Trainer("toy", module, tmp_path, TrainingConfig(learning_rate=1.0, batch_size=1, steps=3))
@@ -290,6 +298,19 @@ def test_clip_s_text_tower_is_the_pipeline_s_bit_for_bit(assets: Path):
 def test_the_captioner_writes_words_of_the_vocabulary(assets: Path):
     text = Captioner(assets / "clip", caption_phrases()).caption(Image.new("RGB", (40, 40), "red"), "sks man", "man")
     assert text.startswith("a photo of sks man, ") and set(text.replace(",", "").split()) <= set(vocabulary())
+
+
+def test_a_base_that_has_learnt_guidance_is_preferred_and_used_with_it(data: Path, work: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(base_training, "PREVIEW_STEPS", 1)
+    folder = shutil.copytree(work, tmp_path / "work")
+    base_training.train_base(Job(data=(data,), work=folder, minutes=1, steps=1, batch_size=4, model=TOY), distill=True, compiled=False)
+    assembly.assemble(folder, tmp_path / "assets")
+    settings = json.loads((tmp_path / "assets" / "miniature" / "metalora.json").read_text())
+    assert settings["guidance"] == assembly.GUIDANCE and settings["train_guidance"] == 1.0
+    learnt = load_file(folder / "base-guided" / "model.safetensors")["transformer.proj_out.weight"].half()
+    assert torch.equal(load_file(tmp_path / "assets" / "miniature" / "transformer" / "diffusion_pytorch_model.safetensors")["proj_out.weight"], learnt)
+    assert not torch.equal(load_file(work / "base" / "model.safetensors")["transformer.proj_out.weight"].half(), learnt)
+    assert {"base", "base-guided"} <= set(json.loads((tmp_path / "assets" / "miniature" / "training.json").read_text()))
 
 
 def test_cards_tell_the_trainings_own_figures(assets: Path, work: Path):

@@ -1,7 +1,7 @@
 """`python -m metalora.miniature COMMAND`: renders the portrait world and trains the embedded miniature on it.
 
-Order: render, vae, clip, base, face-detector, face-recogniser, assemble, meta-down. Each training takes a time budget,
-can be killed and started again with the same command, and leaves its files in WORK/NAME.
+Order: render, vae, clip, base, base --distill-guidance, face-detector, face-recogniser, assemble, meta-down, dataset. Each
+training takes a time budget, can be killed and started again with the same command, and leaves its files in WORK/NAME.
 """
 
 import argparse

@@ -11,9 +11,9 @@ from safetensors import safe_open
 
 from metalora.errors import MetaLoraError
 from metalora.miniature.captions import TRIGGER, caption, mirrored
+from metalora.miniature.people import HELD_OUT
 
-HELD_OUT = 1_000_000  # seeds of people from here on are for evaluation only
-VALIDATION_EVERY = 25  # of the people before, each 25th is kept out of training to watch it
+VALIDATION_EVERY = 25  # of the people before HELD_OUT, each 25th is kept out of training to watch it
 
 
 @dataclasses.dataclass(frozen=True)

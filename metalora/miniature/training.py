@@ -227,7 +227,10 @@ class Trainer:
         if not path.exists():
             return
         state = torch.load(path, weights_only=True)
-        self.module.load_state_dict(state["module"])
+        try:
+            self.module.load_state_dict(state["module"])
+        except RuntimeError as error:
+            raise MetaLoraError(f"{path} is of a model of other sizes or of other people; remove it to begin anew.") from error
         self.optimizer.load_state_dict(state["optimizer"])
         for value, saved in zip(self.averages.values, state["averages"], strict=True):
             value.copy_(saved)
