@@ -17,8 +17,8 @@ from .errors import MetaLoraError
 LEAST_SIDE = 16  # px; below, no face can be made out
 MOST_PIXELS = 120_000_000  # width times height in the file's header; more is not decoded
 WORKING_SIDE = 4096  # px; longer sides are scaled down to it, so that what follows stays quick
-# Only these decoders are let near a file: some of Pillow's others start programs (EPS) or read further files.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF", "HEIF")
+# Only these decoders are let near a file: some of Pillow's others start programs (EPS) or read further files. MPO comes with JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF", "HEIF")
 ADVICE = "give a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC picture"
 # What Pillow raises on files that are cut off, damaged or made to harm.
 FAULTS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, MemoryError, OverflowError, struct.error, RuntimeError)
