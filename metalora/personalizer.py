@@ -14,6 +14,7 @@ from PIL import Image
 from . import adapt as stage2
 from . import cache, hub
 from .base import Base
+from .clip import Clip
 from .config import DEFAULT_BASE
 from .errors import MetaLoraError
 from .generate import GenerateConfig, Person, generate, render, unload_people
@@ -38,7 +39,8 @@ class Personalizer:
         self._given = meta_down
         self._meta_downs: dict[str, MetaDown] = {}
         self._finder: FaceFinder | None = None
-        self._captioner = Captioner(base.settings.clip, base.settings.caption_phrases)
+        self.clip = Clip(base.settings.clip)
+        self._captioner = Captioner(self.clip, base.settings.caption_phrases)
         self._running: Generator | None = None
 
     @classmethod

@@ -23,6 +23,11 @@ def fill(prompt: str, words: str) -> str:
     return f"{words}, {prompt.strip()}" if words else prompt.strip()
 
 
+def anyone(noun: str) -> str:
+    """"a woman": somebody of the class, and nobody in particular."""
+    return f"{'an' if noun[:1].lower() in tuple('aeiou') else 'a'} {noun}"
+
+
 def mirrored(text: str) -> str:
     """The caption of the same picture seen in a mirror: left and right change places."""
     return re.sub(r"\b(left|right)\b", lambda found: {"left": "right", "right": "left"}[found[0]], text)
@@ -44,5 +49,5 @@ class Captioner:
         return ", ".join([f"a photo of {words}", *(self._best(image, noun, group) for group in self.groups)])
 
     def _best(self, image: Image.Image, noun: str, group: Sequence[str]) -> str:
-        texts = self.clip.texts([f"a photo of a {noun}, {phrase}" for phrase in group])  # (phrases, d)
+        texts = self.clip.texts([f"a photo of {anyone(noun)}, {phrase}" for phrase in group])  # (phrases, d)
         return group[int((texts @ self.clip.images([image])[0]).argmax())]

@@ -16,7 +16,7 @@ FLOORS = [
     {"cache"},
     {"train", "score"},
     {"adapt", "meta", "generate"},
-    {"personalizer"},
+    {"personalizer", "report"},
     {"evaluate"},
     {"studio"},
     {"cards"},

@@ -1,0 +1,256 @@
+"""The benchmark: every person of a dataset, learnt from the reference by every method, asked for every prompt, and scored.
+
+What is done lies in the output folder: METHOD/PERSON.jsonl with a line a picture, written once the person is complete, and
+the pictures beside it. A run that is started again goes on with what lacks, and several processes may share the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import save as save_bytes
+
+from .adapt import adapt_plain
+from .data import METADATA, Dataset, Subject, load_dataset
+from .errors import MetaLoraError
+from .files import save_json, write_atomically
+from .generate import GenerateConfig, Person, generate, save_png, unload_people
+from .personalizer import Personalizer, plain_faults
+from .photo import load_photo
+from .prompts import anyone, fill
+from .report import SETTINGS, TRUE_PHOTOS, write_report
+from .score import Scorer, gallery_entry, likeness, nearest, number
+
+METHODS = "base, meta-lora, lora-r1 (or any rank), each of the last two also with its number of steps: lora-r1@625"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to come from a photo to pictures."""
+
+    name: str  # as it was asked for
+    kind: str  # "base": nothing is learnt; "meta-lora"; "lora"; TRUE_PHOTOS: the ceiling, nothing is generated
+    rank: int = 0
+    steps: int | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """"base", "meta-lora", "lora-r1", "meta-lora@100"; MetaLoraError for anything else."""
+        found = re.fullmatch(r"(?:(base)|(?:(meta-lora)|(lora)-r([1-9]\d{0,2}))(?:@([1-9]\d{0,5}))?)", name)
+        if not found:
+            raise MetaLoraError(f"There is no method {name}; known are {METHODS}.")
+        base, meta, lora, rank, steps = found.groups()
+        return cls(name, base or meta or lora, int(rank or 0), int(steps) if steps else None)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an evaluation is."""
+
+    done: float  # share of the work, 0 … 1
+    what: str
+    seconds_left: float
+
+
+@dataclass(frozen=True, eq=False)
+class Someone:
+    """A person of the dataset, as the benchmark knows them."""
+
+    number: int  # place in the gallery
+    subject: Subject
+    photos: np.ndarray  # (m, 512) embeddings of the references
+    others: np.ndarray  # (k, 512) of the other photos; NaN where no face was found
+
+    @property
+    def file(self) -> str:
+        """Start of the names of this person's files."""
+        return f"{self.number:03d}-{re.sub(r'[^A-Za-z0-9]+', '-', self.subject.identity)[:40]}"
+
+
+def evaluate(
+    personalizer: Personalizer, folder: str | Path, methods: Sequence[str], output: str | Path, *,
+    steps: int | None = None, seed: int = 0, limit: int | None = None, part: tuple[int, int] = (1, 1),
+) -> Generator[Progress, None, dict[str, Any]]:  # fmt: skip
+    """Run what lacks, then write summary.json and contact-sheet.png over all that is in `output`; returns the summary.
+
+    `limit` takes the first people only, `part` (k, n) every n-th of them from the k-th on; the gallery is always the whole
+    dataset. Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.
+    """
+    chosen = [*(Method.parse(name) for name in dict.fromkeys(methods)), Method(TRUE_PHOTOS, TRUE_PHOTOS)]
+    if not 1 <= part[0] <= part[1]:
+        raise MetaLoraError(f"Part {part[0]}/{part[1]} does not exist; write 1/2 and 2/2 for two halves.")
+    data = load_dataset(folder, need_prompts=True, need_others=True)
+    bench = Bench(personalizer, data, Path(output), steps, seed)
+    people, left_out = yield from bench.meet()
+    gallery = np.stack([gallery_entry(p.others) for p in people])  # (g, 512)
+    settings = {"dataset": _sha256(Path(folder).expanduser() / METADATA), "prompts": data.prompts, "gallery": len(people), "seed": seed}
+    for method in chosen:
+        bench.claim(method, settings, people)
+    mine = people[:limit][part[0] - 1 :: part[1]]
+    jobs = [(person, method) for person in mine for method in chosen if not bench.path(person, method).is_file()]
+    pace = Pace(sum(bench.cost(method) for _, method in jobs))
+    for person, method in jobs:
+        for share in bench.run(person, method, gallery, [p.subject.identity for p in people]):
+            yield pace.at(share * bench.cost(method), f"{person.subject.identity}, {method.name}")
+        pace.before += bench.cost(method)
+    return write_report(bench.output, [m.name for m in chosen], left_out)
+
+
+class Bench:
+    """The people, the parts that score, and the folder."""
+
+    def __init__(self, personalizer: Personalizer, data: Dataset, output: Path, steps: int | None, seed: int):
+        self.personalizer, self.data, self.output, self.seed = personalizer, data, output, seed
+        self.config = replace(personalizer.base.settings.adapt, seed=seed)
+        self.config = self.config if steps is None else replace(self.config, steps=steps)
+        self.scorer = Scorer(personalizer.finder, personalizer.clip)
+
+    def meet(self) -> Generator[Progress, None, tuple[list[Someone], dict[str, str]]]:
+        """Embed everybody's photos. Who cannot be learnt or recognised is left out, with the reason."""
+        people: list[Someone] = []
+        left_out: dict[str, str] = {}
+        pace = Pace(len(self.data.subjects))
+        for count, subject in enumerate(self.data.subjects, 1):
+            try:
+                photos = np.stack([self.personalizer.pick(load_photo(i.path)).embedding for i in subject.references])
+                others = self.scorer.faces([load_photo(i.path) for i in subject.others])
+                if np.isnan(gallery_entry(others)).any():
+                    raise MetaLoraError("No face was found in any of the other photos.")
+                people.append(Someone(len(people), subject, photos, others))
+            except MetaLoraError as error:
+                left_out[subject.identity] = str(error)
+            yield pace.at(count, f"looking at the photos of {subject.identity}")
+        if not people:
+            raise MetaLoraError(f"Nobody of the dataset can be evaluated; the first is left out because: {next(iter(left_out.values()))}")
+        return people, left_out
+
+    def path(self, person: Someone, method: Method) -> Path:
+        """Where the rows of a person go."""
+        return self.output / method.name / f"{person.file}.jsonl"
+
+    def claim(self, method: Method, common: dict[str, Any], people: Sequence[Someone]) -> None:
+        """Write down what the method's folder is made with; MetaLoraError where it was made with something else."""
+        base = self.personalizer.base
+        settings = common | {"base": base.name, "fingerprint": base.fingerprint, "steps": self.steps(method), "adapt": repr(replace(self.config, steps=0))}
+        if method.kind == "meta-lora":
+            settings["meta_down"] = {d: self.personalizer.meta_down(d).sha256 for d in sorted({p.subject.domain for p in people})}
+        path = self.output / method.name / SETTINGS
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            other = [key for key in settings if found.get(key) != settings[key]]
+            if other:
+                raise MetaLoraError(f"{path.parent} was made with other settings ({', '.join(other)}); choose another output folder, or remove it.")
+        save_json(path, settings)
+
+    def steps(self, method: Method) -> int:
+        """Training steps of a method."""
+        return 0 if method.kind in ("base", TRUE_PHOTOS) else method.steps or self.config.steps
+
+    def cost(self, method: Method) -> float:
+        """Of one person, in forward passes; a training step is three for each picture of its batch."""
+        pictures = 0 if method.kind == TRUE_PHOTOS else len(self.data.prompts) * self.personalizer.base.settings.inference_steps
+        return 1 + pictures + 3 * self.config.batch_size * self.steps(method)
+
+    def run(self, person: Someone, method: Method, gallery: np.ndarray, names: Sequence[str]) -> Iterator[float]:
+        """Learn, generate, score and write one person; yields the share that is done."""
+        if method.kind == TRUE_PHOTOS:
+            items = person.subject.others
+            images, paths, texts, seconds = [load_photo(i.path) for i in items], [i.path for i in items], [i.text for i in items], 0.0
+        else:
+            images, paths, texts = [], [], self.data.prompts
+            learning = 3 * self.config.batch_size * self.steps(method) / self.cost(method)
+            begin = time.perf_counter()
+            learnt = None if method.kind == "base" else (yield from self._learn(person, method, learning))
+            seconds = time.perf_counter() - begin
+            for image in self._pictures(person, learnt):
+                paths.append(save_png(image, self.path(person, method).with_name(f"{person.file}-{len(images)}.png")))
+                images.append(image)
+                yield learning + (1 - learning) * len(images) / (len(texts) + 1)
+        rows = self._score(person, images, texts, gallery, names, method.kind == TRUE_PHOTOS)
+        for row, path in zip(rows, paths):
+            row |= {"method": method.name, "picture": os.path.relpath(path, self.output), "learn_seconds": round(seconds, 3)}
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(self.path(person, method), lambda beside: beside.write_text(text, encoding="utf-8"))
+        yield 1.0
+
+    def _learn(self, person: Someone, method: Method, share: float) -> Generator[float, None, Person]:
+        """Stage 2 on the references; both methods get the same crops, captions and draws."""
+        photos, domain, config = [i.path for i in person.subject.references], person.subject.domain, replace(self.config, steps=self.steps(method))
+        p = self.personalizer
+        if method.kind == "meta-lora":
+            return p.person((yield from _shares(p.adapt_steps(photos, domain, config.steps, config.seed), share)))
+        unload_people(p.base)
+        shape = replace(p.base.settings.adapter, rank=method.rank)
+        with plain_faults():
+            lora = yield from _shares(adapt_plain(p.base, p.encode(photos, domain, config), config, shape), share)
+        return Person(lora, f"{p.base.settings.trigger} {domain}", hashlib.sha256(save_bytes(lora)).hexdigest())
+
+    def _pictures(self, person: Someone, learnt: Person | None) -> Iterator[Image.Image]:
+        """A picture a prompt. Noise differs from person to person and is the same for all methods."""
+        somebody = anyone(person.subject.domain)
+        prompts = self.data.prompts if learnt else [fill(prompt, somebody) for prompt in self.data.prompts]
+        with plain_faults():
+            yield from generate(self.personalizer.base, prompts, [learnt] if learnt else [], GenerateConfig(seed=self.seed + person.number))
+        unload_people(self.personalizer.base)
+
+    def _score(
+        self, person: Someone, images: Sequence[Image.Image], texts: Sequence[str], gallery: np.ndarray, names: Sequence[str], true: bool
+    ) -> list[dict[str, Any]]:
+        """A row a picture. A true photo is compared with the person's other photos without itself, in the gallery too."""
+        somebody, references = anyone(person.subject.domain), [load_photo(i.path) for i in person.subject.references]
+        faces = self.scorer.faces(images)
+        clip_t = self.scorer.clip_t(images, [fill(text, somebody) for text in texts])
+        clip_i = self.scorer.clip_i(images, references)
+        rows = []
+        for i, face in enumerate(faces):
+            others = np.delete(person.others, i, axis=0) if true else person.others
+            known = gallery.copy()
+            known[person.number] = gallery_entry(others) if len(others) else np.nan
+            who = int(nearest(face[None], known)[0])
+            rows.append({
+                "identity": person.subject.identity, "domain": person.subject.domain, "prompt": texts[i],
+                "reference": os.path.relpath(person.subject.references[0].path, self.output), "seed": None if true else self.seed + person.number,
+                "face": who >= 0, "nearest": names[who] if who >= 0 else None,
+                "identified": None if np.isnan(known[person.number]).any() else who == person.number,
+                **{key: number(value[0]) for key, value in likeness(face[None], person.photos, others).items()},
+                "clip_t": number(clip_t[i]), "clip_i": number(clip_i[i]),
+            })  # fmt: skip
+        return rows
+
+
+class Pace:
+    """Work in units, of which `before` are done, and the time the rest will take at the speed so far."""
+
+    def __init__(self, units: float):
+        self.units, self.before, self._start = max(units, 1e-9), 0.0, time.perf_counter()
+
+    def at(self, more: float, what: str) -> Progress:
+        """A report with `more` units done beyond `before`."""
+        done = min(self.before + more, self.units)
+        return Progress(done / self.units, what, (time.perf_counter() - self._start) * (self.units - done) / max(done, 1e-9))
+
+
+def _shares(run: Generator[Any, None, Any], share: float) -> Generator[float, None, Any]:
+    """Step reports → shares of the whole, up to `share`; hands the run's value on."""
+    try:
+        while True:
+            report = next(run)
+            yield share * report.step / report.steps
+    except StopIteration as end:
+        return end.value
+    finally:
+        run.close()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

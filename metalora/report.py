@@ -1,0 +1,141 @@
+"""What an evaluation's folder says: summary.json with a figure and an interval for each score, and a sheet of pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from .errors import MetaLoraError
+from .files import save_json, write_atomically
+from .score import interval, number
+
+SETTINGS, TRUE_PHOTOS = "settings.json", "true-photos"
+SCORES = {"identification": "identified", "r_facesim": "r_facesim", "similarity": "similarity", "copying": "copying",
+          "clip_t": "clip_t", "clip_i": "clip_i", "faces_found": "face"}  # name in the summary → key of a row  # fmt: skip
+Rows = dict[str, list[dict[str, Any]]]  # person's file → a row a picture
+
+PEOPLE, OTHERS = 12, 3  # on the sheet, at most
+CELL, GAP, BAND, LABEL, FOOT = 112, 10, 16, 118, 20  # px: a picture, between two, between people, names at the left, text under a picture
+INK, SOFT, PAPER, RIGHT, WRONG = "#1c1e21", "#6a6f76", "#ffffff", "#2e9e5b", "#c9cdd2"
+
+
+def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str, str] | None = None) -> dict[str, Any]:
+    """summary.json and contact-sheet.png over all that these methods have in `output`; returns the summary."""
+    output = Path(output)
+    found = {name: read_rows(output / name) for name in methods}
+    found = {name: rows for name, rows in found.items() if rows}
+    if not found:
+        raise MetaLoraError(f"{output} holds no results yet.")
+    settings = json.loads((output / next(iter(found)) / SETTINGS).read_text(encoding="utf-8"))
+    gallery = settings["gallery"]
+    summary = {
+        "base": settings["base"], "gallery": gallery, "chance": 1 / gallery, "prompts": settings["prompts"], "seed": settings["seed"],
+        "methods": {name: summarise(rows) for name, rows in found.items()}, "left_out": left_out or {},
+    }  # fmt: skip
+    save_json(output / "summary.json", summary)
+    sheet = contact_sheet(output, found, gallery)
+    write_atomically(output / "contact-sheet.png", lambda beside: sheet.save(beside, format="PNG"))
+    return summary
+
+
+def read_rows(folder: Path) -> Rows:
+    """The rows of a method, by person's file, in the dataset's order."""
+    return {path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in sorted(folder.glob("*.jsonl"))}
+
+
+def summarise(rows: Rows, by_domain: bool = True) -> dict[str, Any]:
+    """Mean of each score with the ends of its 95 % bootstrap interval over people; also for each domain alone."""
+    people = list(rows.values())
+    got: dict[str, Any] = {"people": len(people), "pictures": sum(map(len, people)), "learn_seconds": float(np.mean([p[0]["learn_seconds"] for p in people]))}
+    for name, key in SCORES.items():
+        values = [np.array([np.nan if row[key] is None else float(row[key]) for row in person]) for person in people]
+        got[name] = dict(zip(("mean", "low", "high"), map(number, interval(values))))
+    domains = sorted({p[0]["domain"] for p in people})
+    if by_domain and len(domains) > 1:
+        got["by_domain"] = {d: summarise({k: p for k, p in rows.items() if p[0]["domain"] == d}, False) for d in domains}
+    return got
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as lines of text, a method each."""
+    names = ["method", "people", "identified", "R-FaceSim", "to photo", "copying", "CLIP-T", "CLIP-I", "faces", "learning"]
+    lines = [names]
+    for name, m in summary["methods"].items():
+        spread = _figure(m["identification"]["mean"], "{:.0%}") + " ({}–{})".format(*(_figure(m["identification"][k], "{:.0%}") for k in ("low", "high")))
+        scores = [_figure(m[k]["mean"], "{:.3f}") for k in ("r_facesim", "similarity", "copying", "clip_t", "clip_i")]
+        lines.append([name, str(m["people"]), spread, *scores, _figure(m["faces_found"]["mean"], "{:.0%}"), f"{m['learn_seconds']:.1f} s"])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    rows = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines]
+    return "\n".join([*rows, f"gallery of {summary['gallery']} people, chance {summary['chance']:.1%}"])
+
+
+def contact_sheet(output: Path, found: dict[str, Rows], gallery: int) -> Image.Image:
+    """A band a person: the photo, other true pictures, and a line of generated pictures for each method."""
+    true, methods = found.get(TRUE_PHOTOS, {}), [name for name in found if name != TRUE_PHOTOS]
+    everybody = sorted({person for rows in found.values() for person in rows})
+    shown = [everybody[i] for i in np.unique(np.linspace(0, len(everybody) - 1, min(PEOPLE, len(everybody))).round().astype(int))]
+    prompts = list(dict.fromkeys(row["prompt"] for name in methods for rows in found[name].values() for row in rows))
+    others = min(OTHERS, max((len(true.get(p, [])) for p in shown), default=0))
+    step, row = CELL + GAP, CELL + FOOT
+    at_others, at_prompts = LABEL + step + GAP, LABEL + step + 2 * GAP + others * step + GAP
+    width = at_prompts + len(prompts) * step + GAP
+    title, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    heads = [wrap(prompt, small, CELL) for prompt in prompts]
+    top = 58 + 15 * max([len(lines) for lines in heads] + [1])
+    lines = max(1, len(methods))
+    sheet = Image.new("RGB", (max(width, 620), top + len(shown) * (lines * row + BAND) + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    legend = f"number: R-FaceSim to the other true pictures · green: the nearest of {gallery} people is the right one · grey: it is not"
+    draw.text((GAP, GAP), legend, INK, title if draw.textlength(legend, title) < sheet.width else small)
+    for x, words in [(LABEL, ["photo"]), (at_others, ["other true pictures"]), *((at_prompts + i * step, head) for i, head in enumerate(heads))]:
+        for i, line in enumerate(words):
+            draw.text((x, top - 12 - 15 * (len(words) - i)), line, SOFT, small)
+    for place, person in enumerate(shown):
+        y = top + place * (lines * row + BAND)
+        rows = next(r[person] for r in found.values() if person in r)
+        for i, line in enumerate(wrap(f"{rows[0]['identity']}, {rows[0]['domain']}", small, LABEL - 2 * GAP)):
+            draw.text((GAP, y + 15 * i), line, INK, small)
+        _paste(sheet, output / rows[0]["reference"], LABEL, y)
+        for i, other in enumerate(true.get(person, [])[:others]):
+            _paste(sheet, output / other["picture"], at_others + i * step, y)
+        for line, method in enumerate(methods):
+            draw.text((GAP, y + line * row + CELL // 2), method, INK, title)
+            for each in found[method].get(person, []):
+                _generated(sheet, output, each, at_prompts + prompts.index(each["prompt"]) * step, y + line * row)
+    return sheet
+
+
+def _generated(sheet: Image.Image, output: Path, row: dict[str, Any], x: int, y: int) -> None:
+    """A generated picture with its verdict and its figure under it."""
+    _paste(sheet, output / row["picture"], x, y)
+    draw = ImageDraw.Draw(sheet)
+    draw.rectangle((x, y + CELL + 2, x + CELL - 1, y + CELL + 4), RIGHT if row["identified"] else WRONG)
+    draw.text((x, y + CELL + 5), _figure(row["r_facesim"], "{:.2f}") if row["face"] else "no face", SOFT, ImageFont.load_default(12))
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Words broken into lines no wider than `width` px, where a single word allows it."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def _paste(sheet: Image.Image, path: Path, x: int, y: int) -> None:
+    try:
+        with Image.open(path) as image:
+            sheet.paste(ImageOps.fit(image.convert("RGB"), (CELL, CELL), Image.Resampling.LANCZOS), (x, y))
+    except OSError:  # moved away since; the figures are worth more than the picture
+        ImageDraw.Draw(sheet).rectangle((x, y, x + CELL - 1, y + CELL - 1), outline=WRONG)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)

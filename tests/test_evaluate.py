@@ -1,0 +1,192 @@
+"""The benchmark on a small real base: complete, resumable, divisible, and honest about whom it leaves out."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from PIL import Image
+
+from metalora import MetaLoraError, Personalizer
+from metalora.evaluate import Method, evaluate
+from metalora.report import CELL, TRUE_PHOTOS, contact_sheet, read_rows, summarise, table, wrap, write_report
+
+from .conftest import run, state_hash
+from .parts import GREY, write_people
+
+PROMPTS = ("a photo of {person} in a red cap", "in the green park, smiling")
+METHODS = ["base", "meta-lora", "lora-r1@2"]
+
+
+@pytest.fixture(scope="module")
+def personalizer(base, meta_down) -> Personalizer:
+    return Personalizer(base, meta_down)
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    return write_people(tmp_path_factory.mktemp("people"), {"ann": "woman", "bea": "woman", "cleo": "woman"}, prompts=PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def done(personalizer, people, tmp_path_factory):
+    """A whole evaluation: its folder, the progress, the summary."""
+    output = tmp_path_factory.mktemp("evaluation")
+    before = state_hash(personalizer.base.transformer)
+    progress, summary = run(evaluate(personalizer, people, METHODS, output, steps=3))
+    assert state_hash(personalizer.base.transformer) == before
+    return output, progress, summary
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def scores(folder) -> dict[str, list]:
+    """All rows without the time they took."""
+    return {f"{m.name}/{k}": [{**r, "learn_seconds": 0} for r in rows] for m in sorted(folder.iterdir()) if m.is_dir() for k, rows in read_rows(m).items()}
+
+
+def test_every_person_every_method_every_prompt(done):
+    output, _, summary = done
+    assert {p.name for p in output.iterdir()} == {"base", "meta-lora", "lora-r1@2", TRUE_PHOTOS, "summary.json", "contact-sheet.png"}
+    for method in METHODS:
+        rows = read_rows(output / method)
+        assert list(rows) == ["000-ann", "001-bea", "002-cleo"]
+        assert all([r["prompt"] for r in person] == list(PROMPTS) for person in rows.values())
+        for row in (r for person in rows.values() for r in person):
+            assert Image.open(output / row["picture"]).info["AI-generated"] == "true"
+            assert row["face"] == (row["r_facesim"] is not None) and -1 <= row["clip_t"] <= 1
+            assert row["identified"] == (row["nearest"] == row["identity"])
+    assert summary["chance"] == pytest.approx(1 / 3) and summary["gallery"] == 3
+    assert summary["methods"]["meta-lora"]["pictures"] == 6 and summary["left_out"] == {}
+    assert json.loads((output / "summary.json").read_text()) == summary
+
+
+def test_methods_see_the_same_noise_and_differ(done):
+    output = done[0]
+    pictures = [[Image.open(output / r["picture"]).tobytes() for r in read_rows(output / m)["000-ann"]] for m in METHODS]
+    assert pictures[0] != pictures[1] != pictures[2] != pictures[0]
+    assert [r["seed"] for m in METHODS for r in read_rows(output / m)["001-bea"]] == [1] * 6
+    info = Image.open(output / read_rows(output / "base")["000-ann"][0]["picture"]).info
+    assert info["prompt"] == "a photo of a woman in a red cap" and info["identity"] == "{}"
+
+
+def test_true_photos_are_the_ceiling_without_themselves(done):
+    output, _, summary = done
+    true = summary["methods"][TRUE_PHOTOS]
+    assert true["identification"]["mean"] == 1 and true["faces_found"]["mean"] == 1 and true["learn_seconds"] == 0
+    row = read_rows(output / TRUE_PHOTOS)["000-ann"][0]
+    assert row["r_facesim"] < 0.9999 and (output / row["picture"]).is_file()  # not compared with itself
+
+
+def test_progress_rises_to_the_end(done):
+    _, progress, _ = done
+    assert progress[2].what == "looking at the photos of cleo"
+    shares = [p.done for p in progress[3:]]
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1) and progress[-1].seconds_left == pytest.approx(0, abs=1e-6)
+    assert all(math.isfinite(p.seconds_left) for p in progress)
+
+
+def test_a_second_run_does_nothing_anew(done, personalizer, people):
+    output, _, summary = done
+    before = contents(output)
+    progress, again = run(evaluate(personalizer, people, METHODS, output, steps=3))
+    assert len(progress) == 3 and again == summary and contents(output) == before
+
+
+def test_a_broken_run_goes_on_and_parts_make_the_whole(done, personalizer, people, tmp_path):
+    broken = evaluate(personalizer, people, METHODS, tmp_path, steps=3, part=(1, 2))
+    for _ in range(20):
+        next(broken)
+    broken.close()
+    assert not list(tmp_path.rglob("*.part"))
+    _, half = run(evaluate(personalizer, people, METHODS, tmp_path, steps=3, part=(1, 2)))
+    assert half["methods"]["meta-lora"]["people"] == 2 and half["gallery"] == 3
+    _, whole = run(evaluate(personalizer, people, METHODS, tmp_path, steps=3, part=(2, 2)))
+    assert whole["methods"]["meta-lora"]["people"] == 3
+    strip = [{k: [{**r, "reference": 0, "picture": 0} for r in rows] for k, rows in scores(folder).items()} for folder in (done[0], tmp_path)]
+    assert strip[0] == strip[1]
+
+
+def test_a_limit_keeps_the_gallery_whole(personalizer, people, tmp_path):
+    _, summary = run(evaluate(personalizer, people, ["base"], tmp_path, limit=1))
+    assert summary["methods"]["base"]["people"] == 1 and summary["gallery"] == 3
+
+
+def test_who_cannot_be_learnt_is_left_out_by_name(personalizer, tmp_path):
+    folder = write_people(tmp_path / "people", {"ann": "woman", "bea": "woman", "cleo": "woman"}, prompts=PROMPTS)
+    Image.new("RGB", (32, 32), GREY).save(folder / "ann-0.png")
+    for number in (1, 2):
+        Image.new("RGB", (32, 32), GREY).save(folder / f"bea-{number}.png")
+    _, summary = run(evaluate(personalizer, folder, ["base"], tmp_path / "out"))
+    assert summary["gallery"] == 1 and "No face" in summary["left_out"]["ann"] and "other photos" in summary["left_out"]["bea"]
+    assert summary["methods"]["base"]["people"] == 1
+    Image.new("RGB", (32, 32), GREY).save(folder / "cleo-0.png")
+    with pytest.raises(MetaLoraError, match="Nobody of the dataset"):
+        run(evaluate(personalizer, folder, ["base"], tmp_path / "none"))
+
+
+def test_other_settings_need_another_folder(done, personalizer, people):
+    with pytest.raises(MetaLoraError, match="other settings .*steps.*choose another output folder"):
+        run(evaluate(personalizer, people, ["meta-lora"], done[0], steps=4))
+    with pytest.raises(MetaLoraError, match="seed"):
+        run(evaluate(personalizer, people, ["base"], done[0], steps=3, seed=1))
+
+
+def test_methods_are_read_from_their_names():
+    assert Method.parse("meta-lora@100") == Method("meta-lora@100", "meta-lora", 0, 100)
+    assert Method.parse("lora-r16").rank == 16
+    for name in ("lora", "lora-r0", "base@3", "meta-lora@0", "../x", "lora-r1@", TRUE_PHOTOS):
+        with pytest.raises(MetaLoraError, match="known are base, meta-lora"):
+            Method.parse(name)
+
+
+def test_impossible_parts_are_refused(personalizer, people, tmp_path):
+    for part in ((0, 2), (3, 2)):
+        with pytest.raises(MetaLoraError, match="does not exist"):
+            run(evaluate(personalizer, people, ["base"], tmp_path, part=part))
+
+
+# ---- the report
+
+
+def test_a_summary_counts_as_one_would_by_hand():
+    def row(hit, likeness, domain="woman"):
+        return {"identified": hit, "r_facesim": likeness, "similarity": 0.5, "copying": None, "clip_t": 0.1, "clip_i": 0.2, "face": likeness is not None,
+                "learn_seconds": 2.0, "domain": domain}  # fmt: skip
+
+    got = summarise({"a": [row(True, 0.6), row(False, None)], "b": [row(True, 0.2, "man")]})
+    assert got["identification"]["mean"] == pytest.approx(2 / 3) and got["r_facesim"]["mean"] == pytest.approx(0.4)
+    assert got["copying"]["mean"] is None and got["faces_found"]["mean"] == pytest.approx(2 / 3)
+    assert got["by_domain"]["man"]["identification"]["mean"] == 1 and got["by_domain"]["woman"]["pictures"] == 2
+
+
+def test_the_sheet_and_the_table_show_every_method(done):
+    output, _, summary = done
+    lines = table(summary).splitlines()
+    assert [line.split()[0] for line in lines] == ["method", *METHODS, TRUE_PHOTOS, "gallery"] and len({len(line) for line in lines[:-1]}) == 1
+    sheet = Image.open(output / "contact-sheet.png")
+    found = {name: read_rows(output / name) for name in METHODS}
+    assert sheet.height > 9 * CELL and sheet.size == contact_sheet(output, found | {TRUE_PHOTOS: read_rows(output / TRUE_PHOTOS)}, 3).size
+
+
+def test_a_report_needs_results_but_not_the_pictures(done, tmp_path):
+    with pytest.raises(MetaLoraError, match="no results"):
+        write_report(tmp_path, ["base"])
+    import shutil
+
+    shutil.copytree(done[0], tmp_path / "copy")
+    for picture in (tmp_path / "copy").rglob("*-0.png"):
+        picture.unlink()
+    assert write_report(tmp_path / "copy", ["base"])["methods"].keys() == {"base"}
+
+
+def test_heads_are_broken_between_words():
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(12)
+    lines = wrap("a portrait of somebody in a black suit, in an office, with a calm face", font, CELL)
+    assert len(lines) > 2 and all(font.getlength(line) <= CELL for line in lines)
+    assert " ".join(lines) == "a portrait of somebody in a black suit, in an office, with a calm face"
