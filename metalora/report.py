@@ -20,7 +20,7 @@ SCORES = {"identification": "identified", "r_facesim": "r_facesim", "similarity"
 Rows = dict[str, list[dict[str, Any]]]  # person's file → a row a picture
 
 PEOPLE, OTHERS = 12, 3  # on the sheet, at most
-CELL, GAP, BAND, LABEL, FOOT = 112, 10, 16, 118, 20  # px: a picture, between two, between people, names at the left, text under a picture
+CELL, GAP, BAND, LABEL, METHOD, FOOT = 112, 10, 18, 90, 96, 20  # px: a picture, between two, between people, names, methods, text under a picture
 INK, SOFT, PAPER, RIGHT, WRONG = "#1c1e21", "#6a6f76", "#ffffff", "#2e9e5b", "#c9cdd2"
 
 
@@ -82,7 +82,7 @@ def contact_sheet(output: Path, found: dict[str, Rows], gallery: int) -> Image.I
     prompts = list(dict.fromkeys(row["prompt"] for name in methods for rows in found[name].values() for row in rows))
     others = min(OTHERS, max((len(true.get(p, [])) for p in shown), default=0))
     step, row = CELL + GAP, CELL + FOOT
-    at_others, at_prompts = LABEL + step + GAP, LABEL + step + 2 * GAP + others * step + GAP
+    at_others, at_prompts = LABEL + step + GAP, LABEL + step + GAP + others * step + GAP + METHOD
     width = at_prompts + len(prompts) * step + GAP
     title, small = ImageFont.load_default(15), ImageFont.load_default(12)
     heads = [wrap(prompt, small, CELL) for prompt in prompts]
@@ -104,7 +104,7 @@ def contact_sheet(output: Path, found: dict[str, Rows], gallery: int) -> Image.I
         for i, other in enumerate(true.get(person, [])[:others]):
             _paste(sheet, output / other["picture"], at_others + i * step, y)
         for line, method in enumerate(methods):
-            draw.text((GAP, y + line * row + CELL // 2), method, INK, title)
+            draw.text((at_prompts - GAP, y + line * row + CELL // 2), method, INK, small, anchor="rm")
             for each in found[method].get(person, []):
                 _generated(sheet, output, each, at_prompts + prompts.index(each["prompt"]) * step, y + line * row)
     return sheet
