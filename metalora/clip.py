@@ -46,7 +46,9 @@ class Clip:
     @cached_property
     def _parts(self) -> tuple[Any, Any]:
         from transformers import CLIPModel, CLIPProcessor
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         try:
             return CLIPModel.from_pretrained(self.place).float().eval(), CLIPProcessor.from_pretrained(self.place)
         except (OSError, ValueError) as error:

@@ -62,8 +62,7 @@ class Personalizer:
             return list(hub.meta_down_places(self.base.name))
         if isinstance(self._given, MetaDown):
             return [self._given.domain]
-        several = sorted(p.parent.name for p in Path(self._given).expanduser().glob("*/meta_down.safetensors"))
-        return several or [self._single().domain]
+        return hub.domains_in(self._given) or [self._single().domain]
 
     def meta_down(self, domain: str) -> MetaDown:
         """The Meta-Down of a domain, loaded once. MetaLoraError where there is none, or it is for another base or domain."""
@@ -77,7 +76,9 @@ class Personalizer:
 
     def _find(self, domain: str) -> MetaDown:
         if self._given is not None:
-            several = not isinstance(self._given, MetaDown) and (Path(self._given).expanduser() / domain / "meta_down.safetensors").is_file()
+            several = [] if isinstance(self._given, MetaDown) else hub.domains_in(self._given)
+            if several and domain not in several:
+                raise MetaLoraError(f"There is no Meta-Down for the domain {domain} in {self._given}; it has {', '.join(several)}.")
             return MetaDown.load(hub.meta_down_folder(str(self._given), domain)) if several else self._single()
         places = hub.meta_down_places(self.base.name)
         if domain not in places:

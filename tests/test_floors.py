@@ -18,10 +18,10 @@ FLOORS = [
     {"adapt", "meta", "generate"},
     {"personalizer", "report"},
     {"evaluate"},
-    {"studio"},
+    {"studio", "doctor"},
     {"cards"},
     {"handlers"},
-    {"samples", "page"},
+    {"samples", "page", "progress"},
     {"cli"},
     {"__main__"},
 ]

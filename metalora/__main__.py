@@ -1,0 +1,5 @@
+"""`python -m metalora`: see cli.py."""
+
+from .cli import main
+
+main()

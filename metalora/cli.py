@@ -1,0 +1,359 @@
+"""The command line: `python -m metalora COMMAND`. Parse, call, show; what is done is done elsewhere.
+
+Results go to stdout (with --json as one JSON object), progress and faults to stderr. Exit 0: done; 2: it cannot be done as
+asked, with a sentence that says what to do; 1: a fault of ours; 130: stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .config import DEFAULT_BASE
+from .errors import Cancelled, MetaLoraError
+
+if TYPE_CHECKING:
+    from .personalizer import Personalizer
+
+DEBUG = "METALORA_DEBUG"
+SEVERAL = ("--held-out", "--against", "--learnt-from", "--method")  # options after which several values may stand
+CHECK_PICTURES = 4  # generated after adapting, where there are held-out photos to compare with
+Result = tuple[dict[str, Any], str]  # for --json, and for people
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help="Meta-LoRA: one photo of a face in, pictures and a LoRA file out.")  # fmt: skip
+
+Photos = Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="One photo of the person, or several.")]
+HeldOut = Annotated[list[Path] | None, typer.Option("--held-out", metavar="PHOTO...", help="Other photos of the same person, to score with; nothing is learnt from them.")]
+Domain = Annotated[str, typer.Option("--domain", help="Kind of person, as the Meta-Downs have it: woman, man, ...")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training steps; the base's own number when not given.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where the result goes.")]
+BaseName = Annotated[str, typer.Option("--base", envvar="METALORA_BASE", help="miniature, a Hub id or a folder.")]
+MetaDownName = Annotated[str | None, typer.Option("--meta-down", envvar="METALORA_META_DOWN", help="A Hub id[@revision] or a folder; the base's own when not given.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
+
+
+def command(work: Callable[..., Result]) -> Callable[..., None]:
+    """Make `work` a command: print its result, and turn every fault into its sentence and exit code."""
+
+    @app.command(name=work.__name__.replace("_", "-"))
+    @functools.wraps(work)
+    def run(**arguments: Any) -> None:
+        as_json = arguments["json"]
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no result
+                result, text = work(**arguments)
+            print(json.dumps(result, ensure_ascii=False) if as_json else text, flush=True)
+        except (Cancelled, KeyboardInterrupt):
+            _end("Stopped; nothing half done was kept.", 130, as_json)
+        except MetaLoraError as error:
+            _end(str(error), 2, as_json)
+        except BrokenPipeError:  # whoever read our output has gone
+            sys.stdout = open(os.devnull, "w")
+            raise typer.Exit(1) from None
+        except Exception as error:  # the one place that turns a fault of ours into words
+            _end(f"Something went wrong on our side ({type(error).__name__}: {error}); set {DEBUG}=1 to see where.", 1, as_json)
+
+    return run
+
+
+def _end(sentence: str, code: int, as_json: bool) -> None:
+    if os.environ.get(DEBUG) == "1":
+        traceback.print_exc(file=sys.stderr)
+    print(sentence, file=sys.stderr, flush=True)
+    if as_json:
+        print(json.dumps({"error": sentence}, ensure_ascii=False), flush=True)
+    raise typer.Exit(code) from None
+
+
+@command
+def adapt(
+    photos: Photos, domain: Domain, output: Output, held_out: HeldOut = None, steps: Steps = None, seed: Seed = 0,
+    face: Annotated[int | None, typer.Option("--face", min=1, help="Which face, counted from the left, where a photo shows several.")] = None,
+    base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, json: Json = False,
+) -> Result:  # fmt: skip
+    """Learn a person from one photo or several; writes an identity file."""
+    _check_file(output)
+    from .photo import load_photo
+    from .progress import Line
+
+    images, others = ([load_photo(path) for path in paths] for paths in (photos, held_out or []))
+    personalizer = _open(base, meta_down)
+    for image in others:
+        personalizer.pick(image)
+    start = time.perf_counter()
+    with Line() as line:
+        identity = personalizer.adapt(images, domain, steps, seed, face=face, on_step=line.step)
+    seconds = time.perf_counter() - start
+    result = {"output": str(output), "sha256": identity.sha256, "domain": domain, "steps": identity.steps, "seed": seed, "seconds": round(seconds, 2)}
+    text = f"{output}: this {domain}, learnt in {identity.steps} steps and {seconds:.1f} s"
+    if others:
+        prompt = "a photo of {person}"
+        pictures = personalizer.generate(identity, prompt, CHECK_PICTURES, seed)
+        scores = _means(_scorer(personalizer).score(pictures, images, others, [_anyone(prompt, domain)] * len(pictures)))
+        result["scores"] = scores
+        text += f"\n{_listed(scores)} (means of {CHECK_PICTURES} generated pictures)"
+    identity.save(output)
+    return result, text
+
+
+@command
+def generate(
+    identity: Annotated[Path, typer.Argument(metavar="ME.safetensors", help="The identity file that adapt wrote.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What the pictures show; {person} stands for the person.")],
+    output: Output, count: Annotated[int, typer.Option("--count", min=1, help="Pictures for each prompt; picture i has seed + i.")] = 1,
+    seed: Seed = 0, steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="How strictly the prompt is followed.")] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Width and height in px.")] = None,
+    base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, json: Json = False,
+) -> Result:  # fmt: skip
+    """Generate pictures of a person into a folder; each PNG says in its metadata what made it."""
+    _check_folder(output)
+    wanted = _pair(size, "x", "--size", "768x512") if size else None
+    from .generate import save_png
+    from .identity import Identity
+    from .progress import Line
+
+    person = Identity.load(identity)
+    personalizer = _open(base, meta_down)
+    paths: list[Path] = []
+    with Line() as line:
+        pictures = personalizer.generate_each(
+            person, prompts, count, seed, steps=steps, guidance=guidance, size=wanted,
+            on_step=lambda done, every: line.show(done / every, f"picture {len(paths) + 1}/{len(prompts) * count}  step {done}/{every}"),
+        )  # fmt: skip
+        for number, image in enumerate(pictures):
+            paths.append(save_png(image, output / f"{number // count + 1:02d}-{seed + number % count}.png"))
+    shown = [{"file": str(path), "prompt": prompts[n // count], "seed": seed + n % count} for n, path in enumerate(paths)]
+    return {"identity": person.sha256, "pictures": shown}, "\n".join(map(str, paths))
+
+
+@command
+def export(
+    identity: Annotated[Path, typer.Argument(metavar="ME.safetensors", help="The identity file that adapt wrote.")],
+    output: Output, format: Annotated[str, typer.Option("--format", help="diffusers (also for ComfyUI) or kohya.")] = "diffusers",
+    base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, json: Json = False,
+) -> Result:  # fmt: skip
+    """Write a person as an ordinary LoRA that other programs read."""
+    _check_file(output)
+    from .identity import Identity
+
+    person = Identity.load(identity)
+    _open(base, meta_down).export(person, output, format)
+    return {"output": str(output), "format": format, "identity": person.sha256}, f"{output}: a LoRA of rank {person.rank} under {format} names"
+
+
+@command
+def score(
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="The pictures to judge.")],
+    against: Annotated[list[Path], typer.Option("--against", metavar="PHOTO...", help="Photos of the person that were not learnt from.")],
+    learnt_from: Annotated[list[Path] | None, typer.Option("--learnt-from", metavar="PHOTO...", help="The photos learnt from; adds similarity to them and copying.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What the pictures were asked to show; adds CLIP-T.")] = None,
+    base: BaseName = DEFAULT_BASE, json: Json = False,
+) -> Result:  # fmt: skip
+    """Score pictures: R-FaceSim to other photos of the person, and what else can be told."""
+    from . import hub
+    from .clip import Clip
+    from .config import BaseSettings
+    from .face import FaceFinder
+    from .photo import load_photo
+    from .score import Scorer
+
+    images, others, photos = ([load_photo(path) for path in paths or []] for paths in (pictures, against, learnt_from))
+    settings = BaseSettings.load(hub.base_folder(base))
+    scorer = Scorer(FaceFinder(settings.face_pack, settings.det_size), Clip(settings.clip))
+    for image in (*others, *photos):
+        scorer.finder.pick(image)
+    rows = scorer.score(images, photos, others, [prompt] * len(images) if prompt else None)
+    rows = [{"file": str(path), **row} for path, row in zip(pictures, rows)]
+    return {"pictures": rows, "means": _means(rows)}, "\n".join(f"{row['file']}: {_listed(row)}" for row in rows)
+
+
+@command
+def meta_train(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of many people's photos, with metadata.jsonl.")],
+    domain: Domain, output: Output, name: Annotated[str | None, typer.Option("--name", help="What to call it; the output folder's name when not given.")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Buckets of people to go through.")] = None,
+    seed: Seed = 0, base: BaseName = DEFAULT_BASE, json: Json = False,
+) -> Result:  # fmt: skip
+    """Learn the Meta-Down of a domain; stopped, it goes on from its last checkpoint. Also under accelerate launch."""
+    _check_folder(output)
+    from .metadown import TENSORS
+
+    if (output / TENSORS).exists():
+        raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
+    from .data import load_dataset
+    from .meta import CHECKPOINT
+    from .progress import Line
+
+    people = [[(item.path, item.text) for item in subject.items] for subject in load_dataset(dataset).of_domain(domain)]
+    first = int(os.environ.get("RANK", 0)) == 0
+    with Line() as line:
+        found = _finish(_meta_training(people, domain, output, name or output.name, rounds, seed, base), line.step if first else lambda report: None)
+    if first:
+        found.save(output)
+        (output / CHECKPOINT).unlink(missing_ok=True)
+    result = {"output": str(output), "domain": domain, "people": len(people), "sha256": found.sha256, "steps": found.training["steps"]}
+    return result, f"{output}: the Meta-Down of {len(people)} people of the domain {domain}"
+
+
+def _meta_training(people: list, domain: str, output: Path, name: str, rounds: int | None, seed: int, base: str) -> Generator:
+    from dataclasses import replace
+
+    import torch
+
+    from .base import Base
+    from .meta import bucket_of_photos
+    from .meta import meta_train as stage1
+
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()
+    opened = Base.open(base, f"cuda:{os.environ['LOCAL_RANK']}" if several else None)
+    config = replace(opened.settings.meta, seed=seed, rounds=rounds or opened.settings.meta.rounds)
+    bucket = bucket_of_photos(opened, people, f"{opened.settings.trigger} {domain}")
+    return stage1(opened, len(people), bucket, domain, config, name=name, folder=output)
+
+
+@command
+def evaluate(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of people's photos, with metadata.jsonl and prompts.txt.")],
+    method: Annotated[list[str], typer.Option("--method", metavar="METHOD...", help="base, meta-lora, lora-r1, ..., with @STEPS for other steps than the base's.")],
+    output: Output, steps: Steps = None, seed: Seed = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first people only.")] = None,
+    part: Annotated[str | None, typer.Option("--part", metavar="K/N", help="Every N-th person from the K-th on, to share the work between processes.")] = None,
+    base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, json: Json = False,
+) -> Result:  # fmt: skip
+    """Compare methods on people they have never seen; goes on where it was stopped."""
+    _check_folder(output)
+    split = _pair(part, "/", "--part", "1/2") if part else (1, 1)
+    from .evaluate import Method
+    from .evaluate import evaluate as run
+    from .progress import Line
+    from .report import table
+
+    for each in method:
+        Method.parse(each)
+    personalizer = _open(base, meta_down)
+    with Line() as line:
+        summary = _finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, part=split), line.progress)
+    return summary, f"{table(summary)}\n{output / 'summary.json'}\n{output / 'contact-sheet.png'}"
+
+
+@command
+def publish(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The Meta-Down folder that meta-train wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub; made when it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it for yourself only, where it is made.")] = False, json: Json = False,
+) -> Result:  # fmt: skip
+    """Put a Meta-Down on the Hub, with its model card; HF_TOKEN must let you write."""
+    from . import hub
+
+    address = hub.publish(folder, repo, private)
+    return {"address": address}, address
+
+
+@command
+def doctor(base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, json: Json = False) -> Result:
+    """Say what is on this machine and what is missing; fetches nothing."""
+    from .doctor import examine, lines
+
+    found = examine(base, meta_down)
+    return found, lines(found)
+
+
+def _open(base: str, meta_down: str | None) -> Personalizer:
+    from .personalizer import Personalizer
+
+    return Personalizer.open(base, meta_down)
+
+
+def _scorer(personalizer: Personalizer):
+    from .score import Scorer
+
+    return Scorer(personalizer.finder, personalizer.clip)
+
+
+def _anyone(prompt: str, domain: str) -> str:
+    from .prompts import anyone, fill
+
+    return fill(prompt, anyone(domain))
+
+
+def _finish(run: Generator, show: Callable[[Any], object]) -> Any:
+    """Show all that a generator yields; its return value."""
+    try:
+        while True:
+            show(next(run))
+    except StopIteration as end:
+        return end.value
+    finally:
+        run.close()
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Mean of each score over the pictures that have it."""
+    columns = {key: [float(row[key]) for row in rows if row[key] is not None] for key in rows[0] if key != "file"}
+    return {key: sum(values) / len(values) if values else None for key, values in columns.items()}
+
+
+def _listed(scores: dict[str, Any]) -> str:
+    names = {"r_facesim": "R-FaceSim", "similarity": "similarity to the photo learnt from", "copying": "copying", "clip_t": "CLIP-T", "clip_i": "CLIP-I"}
+    return ", ".join(f"{name} {scores[key]:.3f}" for key, name in names.items() if scores.get(key) is not None) or "no face found"
+
+
+def _pair(text: str, between: str, option: str, example: str) -> tuple[int, int]:
+    found = re.fullmatch(rf"(\d{{1,6}}){between}(\d{{1,6}})", text)
+    if not found:
+        raise MetaLoraError(f"{option} {text} is not understood; write it like {example}.")
+    return int(found[1]), int(found[2])
+
+
+def _check_file(output: Path) -> None:
+    """Say at once, and not after an hour's work, that the result cannot be written."""
+    if output.suffix != ".safetensors":
+        raise MetaLoraError(f"The result is a .safetensors file; name it {output.with_suffix('.safetensors').name if output.name else 'me.safetensors'}.")
+    if output.is_dir():
+        raise MetaLoraError(f"{output} is a folder; give the name of a file.")
+    _check_folder(output.parent)
+
+
+def _check_folder(folder: Path) -> None:
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise MetaLoraError(f"{there} is no folder; choose another place for the output.")
+    if not os.access(there, os.W_OK):
+        raise MetaLoraError(f"{there} cannot be written; choose another place for the output.")
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
+    """`--against A B` as `--against A --against B`, for the options of SEVERAL."""
+    out: list[str] = []
+    option = ""
+    for argument in arguments:
+        if argument.startswith("-") and len(argument) > 1:
+            option = argument if argument in SEVERAL else ""
+            out += [] if option else [argument]
+        else:
+            out += [option, argument] if option else [argument]
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and leave with its exit code."""
+    if os.environ.get(DEBUG) != "1":
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a stop from outside tidies up too
+    app(spread(sys.argv[1:] if arguments is None else arguments), prog_name="python -m metalora")

@@ -1,0 +1,109 @@
+"""What is here and what is not: versions, device, memory, base, Meta-Downs, face pack, CLIP. Fetches nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import hub
+from .config import BaseSettings
+from .errors import MetaLoraError
+from .metadown import MetaDown
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "insightface", "onnxruntime", "gradio")
+
+
+def examine(base: str, meta_down: str | None) -> dict[str, Any]:
+    """All findings; every part that is looked for has `ok` and `says`, and `ready` is whether all parts are ok."""
+    parts: dict[str, dict[str, Any]] = {}
+    _look(parts, "base", lambda: _base(base))
+    folder = parts["base"].get("folder")
+    settings = BaseSettings()
+    if folder:
+        _look(parts, "settings", lambda: {"says": BaseSettings.load(folder).name or "of FLUX.1-dev"})
+        if parts["settings"]["ok"]:
+            settings = BaseSettings.load(folder)
+    known = hub.meta_down_places(settings.name or base)
+    places = {domain: meta_down for domain in hub.domains_in(meta_down) or [""]} if meta_down else known
+    for domain, place in places.items():
+        _look(parts, f"Meta-Down {domain}".strip(), lambda: _meta_down(place, domain, folder))
+    if not places:
+        parts["Meta-Down"] = {"ok": False, "says": f"The catalogue names none for {base}; make one with meta-train, or give one with --meta-down."}
+    _look(parts, "face pack", lambda: _face_pack(settings))
+    _look(parts, "CLIP", lambda: _clip(settings.clip))
+    return {
+        "ready": all(part["ok"] for part in parts.values()), "python": platform.python_version(), "system": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES}, **_device(), "parts": parts,
+    }  # fmt: skip
+
+
+def lines(found: dict[str, Any]) -> str:
+    """The findings as text."""
+    versions = ", ".join(f"{name} {version or 'MISSING'}" for name, version in found["packages"].items())
+    memory = f"{found['memory_gib']:.0f} GiB memory, {found['disk_free_gib']:.0f} GiB free on the disk"
+    head = [f"Python {found['python']} on {found['system']}", versions, f"device: {found['device']}; {memory}"]
+    return "\n".join([*head, *(f"{'ok     ' if part['ok'] else 'MISSING'}  {name}: {part['says']}" for name, part in found["parts"].items())])
+
+
+def _look(parts: dict[str, dict[str, Any]], name: str, look: Callable[[], dict[str, Any]]) -> None:
+    try:
+        parts[name] = {"ok": True, **look()}
+    except MetaLoraError as error:
+        parts[name] = {"ok": False, "says": str(error)}
+
+
+def _base(name: str) -> dict[str, Any]:
+    from .base import fingerprint
+
+    folder = hub.base_folder(name, download=False)
+    return {"says": f"{name} in {folder}", "folder": str(folder), "fingerprint": fingerprint(folder)}
+
+
+def _meta_down(place: str, domain: str, base: str | None) -> dict[str, Any]:
+    from .base import fingerprint
+
+    found = MetaDown.load(hub.meta_down_folder(place, domain, download=False))
+    if base:
+        found.check_base(BaseSettings.load(base).name or base, fingerprint(Path(base)))
+    return {"says": f"{found.name} for {found.domain}, rank {found.adapter.meta_rank}, {found.sha256[:8]}", "sha256": found.sha256, "domain": found.domain}
+
+
+def _face_pack(settings: BaseSettings) -> dict[str, Any]:
+    known = Path.home() / ".insightface" / "models" / settings.face_pack
+    if os.sep not in settings.face_pack and not Path(settings.face_pack).is_dir() and not known.is_dir():
+        raise MetaLoraError(f"{settings.face_pack} is not on this machine yet; it is fetched on first use.")
+    from .face import FaceFinder
+
+    FaceFinder(settings.face_pack, settings.det_size)
+    return {"says": settings.face_pack}
+
+
+def _clip(place: str) -> dict[str, Any]:
+    folder = Path(place)
+    if not folder.is_dir():
+        folder = hub.fetch(place, ["*.json", "*.txt", "*.safetensors"], lambda found: (found / "config.json").is_file(), download=False)
+    if not (folder / "config.json").is_file():
+        raise MetaLoraError(f"The CLIP model {place} has no config.json; get it afresh.")
+    return {"says": place}
+
+
+def _device() -> dict[str, Any]:
+    import torch
+
+    gpu = torch.cuda.is_available()
+    properties = torch.cuda.get_device_properties(0) if gpu else None
+    device = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB" if properties else f"CPU, {os.cpu_count()} cores"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {"device": device, "gpu": gpu, "memory_gib": memory / 2**30, "disk_free_gib": shutil.disk_usage(Path.cwd()).free / 2**30}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,54 @@
+"""One line on stderr that tells how far a piece of work is."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from typing import TYPE_CHECKING, TextIO
+
+from .cards import clock
+
+if TYPE_CHECKING:
+    from .evaluate import Progress
+    from .train import StepReport
+
+EVERY = 0.1  # seconds between two looks on a terminal
+PARTS = 10  # lines over the whole work where there is no terminal
+
+
+class Line:
+    """Rewritten in place on a terminal; elsewhere a line every tenth of the work. A context manager: leaving it ends the line."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self.stream = stream or sys.stderr
+        self.terminal = self.stream.isatty()
+        self._last, self._part, self._open = 0.0, 0, False
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open:
+            self.stream.write("\n")
+
+    def show(self, share: float, text: str) -> None:
+        """Show `text`, with `share` of the work done, if it is time to."""
+        part = int(share * PARTS + 1e-9)
+        if self.terminal and (share >= 1 or time.monotonic() - self._last >= EVERY):
+            width = shutil.get_terminal_size().columns - 1
+            self.stream.write(f"\r\033[K{text[:width]}")
+            self._last, self._open = time.monotonic(), True
+        elif not self.terminal and part > self._part:
+            self.stream.write(f"{text}\n")
+        self._part = part
+        self.stream.flush()
+
+    def step(self, report: StepReport) -> None:
+        """A step of a training."""
+        speed = f"{report.steps_per_second:.1f} it/s" if report.steps_per_second >= 1 else f"{1 / report.steps_per_second:.1f} s/it"
+        self.show(report.step / report.steps, f"step {report.step}/{report.steps}  loss {report.loss:.4f}  {speed}  {clock(report.seconds_left)} left")
+
+    def progress(self, report: Progress) -> None:
+        """A piece of an evaluation."""
+        self.show(report.done, f"{report.done:4.0%}  {report.what}  {clock(report.seconds_left)} left")
