@@ -24,6 +24,24 @@ def status(text: str, kind: str = "ready") -> str:
     return f'<div class="status {kind}" role="status"><i></i>{escape(text)}</div>'
 
 
+def heading(number: int, text: str) -> str:
+    """The head of a step of the page."""
+    return f'<h2 class="head"><b>{number}</b>{escape(text)}</h2>'
+
+
+def line(text: str) -> str:
+    """One quiet line."""
+    return f'<p class="summary">{escape(text)}</p>'
+
+
+def words(groups: Sequence[Sequence[str]]) -> str:
+    """The phrases that the base was trained on, folded away; nothing for a base that does not say."""
+    if not groups:
+        return ""
+    rows = "".join(f"<li>{escape(', '.join(group))}</li>" for group in groups)
+    return f'<details class="words"><summary>Words that this base knows best</summary><ul>{rows}</ul></details>'
+
+
 def data_uri(image: Image.Image, side: int = PICTURE_SIDE) -> str:
     """The picture, no larger than `side` px, as an address that holds it."""
     small = image.convert("RGB")
@@ -117,7 +135,7 @@ def caption(picture: Picture, seed: int, scored: bool) -> str:
     """What stands under a picture."""
     lines = []
     if picture.similarity is not None:
-        lines.append(f"similarity to your photo {picture.similarity:.2f}")
+        lines.append(f"likeness {picture.similarity:.2f}")
     if picture.r_facesim is not None:
         lines.append(f"R-FaceSim {picture.r_facesim:.2f}")
     if not lines and scored:
@@ -129,8 +147,8 @@ def summary(pictures: Sequence[Picture], seconds: float, held_out: int) -> str:
     """One line over the pictures: how long, and the mean scores."""
     parts = [f"{len(pictures)} picture{'s' if len(pictures) != 1 else ''} in {clock(seconds) if seconds >= 10 else f'{seconds:.1f} s'}"]
     for name, values in (
-        ("mean similarity to your photo", [p.similarity for p in pictures]),
-        (f"mean R-FaceSim ({held_out} held-out photos)", [p.r_facesim for p in pictures]),
+        ("mean likeness", [p.similarity for p in pictures]),
+        (f"mean R-FaceSim ({held_out} other photo{'s' if held_out != 1 else ''})", [p.r_facesim for p in pictures]),
     ):
         known = [v for v in values if v is not None]
         if known:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import gradio as gr
 from gradio.utils import get_upload_folder
@@ -21,14 +20,10 @@ from . import cards
 from .errors import Cancelled, MetaLoraError
 from .studio import Learnt, Order, StopFlag, Studio, on_gpu
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from .face import Face
-
 UPDATE_EVERY = 0.25  # seconds between two looks of the progress card
 PREVIEWS = 12  # pictures of the likeness on its way, over a whole learning
 SHOWN_AS_THEY_ARE = {".jpg", ".jpeg", ".png", ".webp"}  # what every browser can show
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -75,7 +70,7 @@ class Handlers:
         try:
             personalizer = self.studio.personalizer
         except MetaLoraError as error:
-            return [cards.status(str(error), "fault"), *[gr.skip()] * 6]
+            return [cards.status(str(error), "fault"), *[gr.skip()] * 7]
         base, s = personalizer.base, personalizer.base.settings
         domains = personalizer.domains
         text = f"{base.name} · {s.resolution}×{s.resolution} px · {base.device} · ready"
@@ -87,30 +82,33 @@ class Handlers:
             gr.Slider(value=s.inference_steps),
             gr.Slider(value=s.guidance),
             gr.Gallery(columns=4 if s.resolution <= 256 else 2),
+            cards.words(s.caption_phrases),
         ]  # fmt: skip
 
     def take_sample(self, event: gr.SelectData):
         """A sample person, ready to be learnt."""
         sample = self.samples[event.index]
-        return sample.photo, sample.domain, sample.held_out, gr.Gallery(visible=False), 0
+        return sample.photo, sample.held_out, gr.HTML(visible=False), gr.Gallery(value=None, visible=False), 0, sample.domain
 
     def look(self, photo: str | None):
         """A fresh photo: shown upright if it is a photo at all, and its faces if there are several to choose from."""
-        no_faces = gr.Gallery(value=None, visible=False)
+        from .face import thumbnails
+
+        one = [gr.HTML(visible=False), gr.Gallery(value=None, visible=False), 0, gr.Gallery(selected_index=None)]
         if not photo:
-            return None, None, no_faces, 0
+            return None, None, *one
         try:
             image = self.studio.open_photo(photo)
             faces = self.studio.faces(image)
         except MetaLoraError as error:
             gr.Warning(escape(str(error), quote=False), title="Another photo, please")
-            return None, None, no_faces, 0
+            return None, None, *one
         if Path(photo).suffix.lower() not in SHOWN_AS_THEY_ARE:
             image.save(photo := str(new_folder() / "photo.png"))
         if len(faces) < 2:
-            return photo, None, no_faces, 0
-        shown = [(face_thumbnail(image, face), f"face {number}") for number, face in enumerate(sorted(faces, key=lambda f: f.box[0]), 1)]
-        return photo, None, gr.Gallery(value=shown, visible=True, selected_index=None), 0
+            return photo, None, *one
+        shown = [(small, f"face {number}") for number, small in enumerate(thumbnails(image, faces), 1)]
+        return photo, None, gr.HTML(visible=True), gr.Gallery(value=shown, visible=True, selected_index=None), *one[2:]
 
     @staticmethod
     def choose_face(event: gr.SelectData) -> int:
@@ -167,7 +165,7 @@ class Handlers:
             order = Order(prompt, int(count), int(seed), int(steps), float(guidance), parse_size(size), float(strength))
         scored, held_out = learnt.photos is not None, 0 if learnt.held_out is None else len(learnt.held_out)
         pictures, shown = [], []
-        yield [[], '<p class="summary">starting</p>', gr.skip(), *busy]
+        yield [gr.skip(), cards.line("starting"), gr.skip(), *busy]
         try:
             with one_sentence():
                 for picture in self.draw(learnt, order, new_folder(), stop):
@@ -176,9 +174,9 @@ class Handlers:
                     yield [shown, cards.summary(pictures, time.monotonic() - started, held_out), gr.skip(), *busy]
             yield [shown, gr.skip(), order.seed + order.count if vary else order.seed, *idle]
         except Cancelled:
-            yield [shown, '<p class="summary">Stopped.</p>', gr.skip(), *idle]
+            yield [shown or gr.skip(), cards.line("Stopped."), gr.skip(), *idle]
         except gr.Error:
-            yield [shown, "", gr.skip(), *idle]
+            yield [shown or gr.skip(), "", gr.skip(), *idle]
             raise
         finally:
             stop.clear()
@@ -190,14 +188,6 @@ class Handlers:
             files = self.studio.write_files(learnt.identity, new_folder())
         gr.Info(f"Loaded: a {learnt.identity.domain}, {learnt.identity.steps} steps.")
         return [*map(download, files), learnt]
-
-
-def face_thumbnail(image: Image.Image, face: Face) -> Image.Image:
-    """A square round a face."""
-    left, top, right, bottom = face.box
-    side = 1.4 * max(right - left, bottom - top)
-    x, y = (left + right - side) / 2, (top + bottom - side) / 2
-    return image.crop((round(x), round(y), round(x + side), round(y + side))).resize((160, 160))
 
 
 def new_folder() -> Path:

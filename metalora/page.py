@@ -18,9 +18,8 @@ KEPT = 4 * 3600  # seconds that a session's person and files are kept after they
 GPU: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}  # one piece of work at a time, whoever asks
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # of use to a browser only
 PROMPTS = ["a photo of {person} in a green park", "a photo of {person} wearing a red cap", "a photo of {person} smiling, at the beach"]
-INTRO = """# Meta-LoRA
-One photo of a face → pictures of that person in any scene, and a small LoRA file to keep."""
-LIKENESS = "Likeness is the cosine between face embeddings: 1 is the same picture, strangers are near 0. R-FaceSim compares with photos that were not learnt from."
+INTRO = "# Meta-LoRA\nOne photo of a face becomes a small LoRA file, and pictures of that person in any scene."
+LIKENESS = "Likeness is the cosine between face embeddings, here to the photo that was learnt from: the same face is near 1, strangers are near 0. R-FaceSim is the same to photos that were not learnt from."
 
 
 def build(studio: Studio, samples: list[Sample], prompts: list[str]) -> gr.Blocks:
@@ -32,52 +31,83 @@ def build(studio: Studio, samples: list[Sample], prompts: list[str]) -> gr.Block
             gr.Markdown(INTRO)
             status = gr.HTML(cards.status("opening the base model", "busy"), elem_id="status")
         with gr.Row(elem_id="desk"):
-            with gr.Column(scale=4, min_width=340):
-                who = _who(samples)
+            with gr.Column(scale=5, min_width=340):
+                with gr.Column(elem_classes="step"):
+                    who = _photo(samples)
+                with gr.Column(elem_classes="step"):
+                    learning = _learning()
             with gr.Column(scale=6, min_width=340):
-                pictures = _pictures(prompts or PROMPTS)
-                files = _files()
-        _wire(page, do, learnt, status, who, pictures, files)
+                with gr.Column(elem_classes="step"):
+                    pictures = _pictures(prompts or PROMPTS)
+                with gr.Column(elem_classes="step"):
+                    files = _files()
+        _wire(page, do, learnt, status, who | learning, pictures, files)
     return page
 
 
-def _who(samples: list[Sample]) -> dict[str, gr.Component]:
-    """Step 1: choose a person, learn."""
-    gr.Markdown("### 1 · Choose a person")
+def _photo(samples: list[Sample]) -> dict[str, gr.Component]:
+    """Step 1: a sample person or a photo, and which of its faces."""
+    gr.HTML(cards.heading(1, "Choose a photo"))
     c: dict[str, gr.Component] = {}
-    c["samples"] = gr.Gallery(
-        [s.photo for s in samples], label="Sample people (made by a computer)", columns=8, object_fit="cover", height="auto", allow_preview=False,
-        buttons=[], interactive=False, visible=bool(samples), elem_id="samples", format="png",
-    )  # fmt: skip
-    c["photo"] = gr.Image(label="or a photo of yours", type="filepath", sources=["upload", "webcam", "clipboard"], image_mode=None, height=230, buttons=[], elem_id="photo")  # fmt: skip
+    with gr.Row(elem_id="choose"):
+        with gr.Column(scale=3, min_width=240, visible=bool(samples)):
+            gr.HTML('<p class="note">Sample people, made by a computer. Click one.</p>')
+            c["samples"] = gr.Gallery(
+                [s.photo for s in samples], show_label=False, columns=4, object_fit="cover", height="auto", allow_preview=False,
+                buttons=[], interactive=False, elem_id="samples", elem_classes="tiles", format="png",
+            )  # fmt: skip
+        with gr.Column(scale=2, min_width=180):
+            gr.HTML('<p class="note">Or a photo of yours.</p>')
+            c["photo"] = gr.Image(
+                show_label=False, type="filepath", sources=["upload", "webcam", "clipboard"], image_mode=None, height=214, buttons=[], elem_id="photo",
+                placeholder="Drop a photo\nor click",
+            )  # fmt: skip
     # Gradio's own opening of the upload would answer a bad file with a raw fault; ours answers with a sentence.
     c["photo"].preprocess = lambda payload: payload and payload.path
+    c["which"] = gr.HTML('<p class="note ask">The photo shows several faces. Click the one to learn.</p>', visible=False)
     c["faces"] = gr.Gallery(
-        label="Several faces: click the one to learn", columns=6, object_fit="cover", height="auto", allow_preview=False, buttons=[],
-        interactive=False, visible=False, elem_id="faces", format="png",
+        show_label=False, columns=6, object_fit="cover", height="auto", allow_preview=False, buttons=[], interactive=False, visible=False,
+        elem_id="faces", elem_classes="tiles", format="png",
     )  # fmt: skip
     c["face"] = gr.Number(0, label="Face, from the left (0: the only one)", precision=0, minimum=0, visible=False)
-    c["domain"] = gr.Radio(["woman", "man"], value="woman", label="This person is a", elem_id="domain")
-    with gr.Accordion("More", open=False):
+    return c
+
+
+def _learning() -> dict[str, gr.Component]:
+    """Step 2: learn the person, and see how it goes."""
+    gr.HTML(cards.heading(2, "Learn the person"))
+    c: dict[str, gr.Component] = {}
+    c["domain"] = gr.Radio(["woman", "man"], value="woman", label="The photo shows a", elem_id="domain", container=False)
+    c["learn"] = gr.Button("Learn this person", variant="primary", size="lg", elem_id="learn")
+    c["stop"] = gr.Button("Stop", variant="stop", size="lg", visible=False, elem_id="stop")
+    c["card"] = gr.HTML("", elem_id="card", padding=False)
+    with gr.Accordion("More settings", open=False, elem_classes="more"):
         with gr.Row():
             c["steps"] = gr.Slider(1, 2000, value=375, step=1, label="Learning steps")
             c["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
         c["held_out"] = gr.File(
-            label="Other photos of this person, not learnt from: they make R-FaceSim", file_count="multiple", file_types=["image", ".heic", ".heif"], height=120
-        )
-    c["learn"] = gr.Button("Learn this person", variant="primary", size="lg", elem_id="learn")
-    c["stop"] = gr.Button("Stop", variant="stop", size="lg", visible=False, elem_id="stop")
-    c["card"] = gr.HTML("", elem_id="card")
+            label="Other photos of this person: not learnt from, only compared with (R-FaceSim)", file_count="multiple", height=120,
+            file_types=["image", ".heic", ".heif"],
+        )  # fmt: skip
     return c
 
 
 def _pictures(prompts: list[str]) -> dict[str, gr.Component]:
-    """Step 2: prompts → pictures with their likeness."""
-    gr.Markdown("### 2 · Ask for pictures")
+    """Step 3: prompts → pictures with their likeness."""
+    gr.HTML(cards.heading(3, "Ask for pictures"))
     c: dict[str, gr.Component] = {}
-    c["prompt"] = gr.Textbox(prompts[0], label="Prompt; {person} is the person", lines=2, max_lines=4, elem_id="prompt")
-    gr.Examples([[p] for p in prompts[:8]], c["prompt"], label="Try one of these", cache_examples=False, elem_id="prompts", examples_per_page=8)
-    with gr.Accordion("More", open=False):
+    c["prompt"] = gr.Textbox(prompts[0], show_label=False, info="{person} stands for the person.", lines=1, max_lines=4, elem_id="prompt")
+    gr.Examples([[p] for p in prompts[:8]], c["prompt"], label="Or click one of these", cache_examples=False, elem_id="prompts", examples_per_page=8)
+    c["words"] = gr.HTML("", elem_id="words", padding=False)
+    c["generate"] = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
+    c["stop"] = gr.Button("Stop", variant="stop", size="lg", visible=False, elem_id="stop-pictures")
+    c["summary"] = gr.HTML(cards.line("The pictures come here, each with its likeness to the photo."), elem_id="summary", padding=False)
+    c["gallery"] = gr.Gallery(
+        show_label=False, columns=4, object_fit="contain", height="auto", format="png", interactive=False,
+        buttons=["download", "download_all", "fullscreen"], elem_id="pictures", elem_classes="tiles",
+    )  # fmt: skip
+    c["likeness"] = gr.HTML(cards.line(LIKENESS), elem_id="likeness", padding=False)
+    with gr.Accordion("More settings", open=False, elem_classes="more"):
         with gr.Row():
             c["count"] = gr.Slider(1, 16, value=4, step=1, label="Pictures")
             c["seed"] = gr.Number(0, label="Seed of the first", precision=0, minimum=0)
@@ -86,35 +116,29 @@ def _pictures(prompts: list[str]) -> dict[str, gr.Component]:
             c["size"] = gr.Dropdown(["96x96"], value="96x96", label="Size, px", allow_custom_value=True)
             c["steps"] = gr.Slider(1, 100, value=10, step=1, label="Denoising steps")
             c["guidance"] = gr.Slider(0, 10, value=1.0, step=0.1, label="Guidance")
-            c["strength"] = gr.Slider(0, 2, value=1.0, step=0.05, label="Adapter strength")
-    c["generate"] = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
-    c["stop"] = gr.Button("Stop", variant="stop", size="lg", visible=False, elem_id="stop-pictures")
-    c["summary"] = gr.HTML("", elem_id="summary")
-    c["gallery"] = gr.Gallery(label="Pictures", columns=4, object_fit="contain", height="auto", format="png", interactive=False, buttons=["download", "download_all", "fullscreen"], elem_id="pictures")  # fmt: skip
-    gr.Markdown(LIKENESS, elem_id="likeness")
+            c["strength"] = gr.Slider(0, 2, value=1.0, step=0.05, label="Strength of the person")
     return c
 
 
 def _files() -> dict[str, gr.Component]:
-    """Step 3: the person as files."""
-    gr.Markdown("### 3 · Keep the person")
+    """Step 4: the person as files."""
+    gr.HTML(cards.heading(4, "Keep the person"))
     c: dict[str, gr.Component] = {}
     with gr.Row(elem_id="files"):
-        for name, label in (("identity", "Identity file"), ("diffusers", "LoRA for diffusers, ComfyUI"), ("kohya", "LoRA for kohya")):
-            c[name] = gr.DownloadButton(label, interactive=False, min_width=150, size="md", elem_id=f"get-{name}")
-        c["load"] = gr.UploadButton("Load an identity file", file_types=[".safetensors"], min_width=150, size="md", elem_id="load")
+        for name, label in (("identity", "Identity file"), ("diffusers", "LoRA · diffusers, ComfyUI"), ("kohya", "LoRA · kohya")):
+            c[name] = gr.DownloadButton(label, interactive=False, min_width=130, size="md", elem_id=f"get-{name}")
+        c["load"] = gr.UploadButton("Load an identity file", file_types=[".safetensors"], min_width=130, size="md", elem_id="load")
+    gr.HTML(cards.line("The identity file belongs to this base and comes back here. The LoRA files work in other programs, without Meta-LoRA."))
     return c
 
 
 def _wire(page: gr.Blocks, do: Handlers, learnt: gr.State, status: gr.HTML, who: dict, pictures: dict, files: dict) -> None:
     downloads = [files["identity"], files["diffusers"], files["kohya"]]
-    greeted = [status, who["domain"], who["steps"], pictures["size"], pictures["steps"], pictures["guidance"], pictures["gallery"]]
+    greeted = [status, who["domain"], who["steps"], pictures["size"], pictures["steps"], pictures["guidance"], pictures["gallery"], pictures["words"]]
     page.load(do.greet, None, greeted, api_name="status", show_progress="hidden", concurrency_limit=None)
 
-    shown = [who["photo"], who["held_out"], who["faces"], who["face"]]
-    who["samples"].select(
-        do.take_sample, None, [who["photo"], who["domain"], *shown[1:]], show_progress="hidden", **PRIVATE
-    )
+    shown = [who["photo"], who["held_out"], who["which"], who["faces"], who["face"], who["samples"]]
+    who["samples"].select(do.take_sample, None, [*shown[:-1], who["domain"]], show_progress="hidden", **PRIVATE)
     who["photo"].upload(do.look, who["photo"], shown, api_name="look", show_progress="minimal", show_progress_on=who["photo"])
     who["photo"].clear(do.look, gr.State(None), shown, show_progress="hidden", **PRIVATE)
     who["faces"].select(do.choose_face, None, who["face"], show_progress="hidden", **PRIVATE)
