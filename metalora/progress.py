@@ -18,12 +18,12 @@ PARTS = 10  # lines over the whole work where there is no terminal
 
 
 class Line:
-    """Rewritten in place on a terminal; elsewhere a line every tenth of the work. A context manager: leaving it ends the line."""
+    """Rewritten in place on a terminal; elsewhere a line at the start and every tenth of the work. A context manager: leaving it ends the line."""
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
-        self._last, self._part, self._open = 0.0, 0, False
+        self._last, self._part, self._open = 0.0, -1, False
 
     def __enter__(self) -> Line:
         return self

@@ -98,12 +98,13 @@ class Scorer:
     ) -> list[dict[str, float | bool | None]]:  # fmt: skip
         """A row for each picture: face, similarity, r_facesim, copying, clip_t, clip_i; None where a value cannot be had.
 
-        `photos` are those learnt from, `held_out` others of the person, `prompts` one for each picture.
+        `photos` are those learnt from, `held_out` others of the person, `prompts` one for each picture; what lacks is not scored.
         """
         faces, known, others = self.faces(images), self.faces(photos), self.faces(held_out)
         columns = likeness(faces, known, others)
-        columns["clip_t"] = self.clip_t(images, prompts) if prompts is not None else np.full(len(images), np.nan)
-        columns["clip_i"] = self.clip_i(images, photos)
+        nothing = np.full(len(images), np.nan)
+        columns["clip_t"] = self.clip_t(images, prompts) if prompts is not None else nothing
+        columns["clip_i"] = self.clip_i(images, photos) if photos else nothing
         return [{"face": not bool(np.isnan(face).any())} | {k: number(v[i]) for k, v in columns.items()} for i, face in enumerate(faces)]
 
 

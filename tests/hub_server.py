@@ -1,7 +1,8 @@
-"""A small Hub on this machine that the real huggingface_hub client accepts: model info, files, gates, revisions."""
+"""A small Hub on this machine that the real huggingface_hub client accepts: model info, files, gates, revisions, uploads."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -54,6 +55,28 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.refuse(404, "", "no such page")
 
+    def do_POST(self):
+        path, body = unquote(urlsplit(self.path).path), self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if "Authorization" not in self.headers:
+            self.refuse(401, "", "Invalid username or password.")
+        elif path == "/api/repos/create":
+            given = json.loads(body)
+            repo = f"{given['organization']}/{given['name']}"
+            self.server.repos.setdefault(repo, {})
+            self.answer(json.dumps({"url": f"{self.server.url}/{repo}"}).encode(), {"Content-Type": "application/json"})
+        elif path == "/api/validate-yaml":
+            self.answer(b'{"errors": [], "warnings": []}', {"Content-Type": "application/json"})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+            self.answer(json.dumps({"files": files}).encode(), {"Content-Type": "application/json"})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            rows = [json.loads(line) for line in body.splitlines()]
+            self.server.repos[match[1]] |= {r["value"]["path"]: base64.b64decode(r["value"]["content"]) for r in rows if r["key"] == "file"}
+            done = {"success": True, "commitOid": SHA, "commitUrl": f"{self.server.url}/{match[1]}/commit/{SHA}", "hookOutput": ""}
+            self.answer(json.dumps(done).encode(), {"Content-Type": "application/json"})
+        else:
+            self.refuse(404, "", "no such page")
+
     def find(self, repo: str, revision: str | None) -> dict[str, bytes] | None:
         if repo not in self.server.repos:
             return self.refuse(401, "RepoNotFound", "Repository not found")
@@ -71,5 +94,5 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)

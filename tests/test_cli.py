@@ -1,0 +1,279 @@
+"""The command line as a user and as a program sees it: what is printed where, exit codes, and nothing half done left behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.numpy import load_file
+
+from metalora import Identity
+from metalora.cli import SEVERAL, main, spread
+from metalora.metadown import MetaDown
+from metalora.progress import Line
+from metalora.train import StepReport
+
+from .conftest import make_meta_down
+from .hub_server import HubServer
+from .parts import COLOURS, GREY, portrait, write_people
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def meta_downs(base, tmp_path_factory) -> Path:
+    """A folder with a Meta-Down for women."""
+    folder = tmp_path_factory.mktemp("meta-down")
+    make_meta_down(base, base.settings.adapter).save(folder / "woman")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory) -> Path:
+    return write_people(tmp_path_factory.mktemp("people"), {"ann": "woman", "bea": "woman", "max": "man"})
+
+
+@pytest.fixture
+def call(tiny_base, meta_downs, tmp_path, monkeypatch, capsys):
+    """Run a command in this process, in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.setenv("METALORA_BASE", str(tiny_base))
+    monkeypatch.setenv("METALORA_META_DOWN", str(meta_downs))
+    monkeypatch.delenv("METALORA_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(a) for a in arguments])
+        return end.value.code or 0, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def me(tiny_base, meta_downs, people, tmp_path_factory) -> Path:
+    """An identity file, made by the command."""
+    path = tmp_path_factory.mktemp("me") / "me.safetensors"
+    with pytest.raises(SystemExit) as end:
+        main(["adapt", str(people / "ann-0.png"), "--domain", "woman", "--output", str(path), "--steps", "5", "--base", str(tiny_base), "--meta-down", str(meta_downs)])
+    assert not end.value.code
+    return path
+
+
+# ---- the way from a photo to files
+
+
+def test_adapt_writes_an_identity_and_says_how_it_went(call, people, me, tmp_path):
+    code, out, err = call("adapt", people / "ann-0.png", "--domain", "woman", "--output", "new/me.safetensors", "--steps", 5, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["steps"] == 5 and result["output"] == "new/me.safetensors"
+    assert Identity.load("new/me.safetensors").sha256 == result["sha256"] == Identity.load(me).sha256  # same seed, same person
+    assert "step 5/5  loss " in err and "it/s" in err and " left" in err
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["me.safetensors"]
+
+
+def test_held_out_photos_are_scored_with_and_not_learnt_from(call, people, me):
+    held_out = [people / "ann-1.png", people / "ann-2.png"]
+    code, out, _ = call("adapt", "--held-out", *held_out, "--domain", "woman", people / "ann-0.png", "-o", "me.safetensors", "--steps", 5, "--json")
+    assert code == 2 or json.loads(out)["sha256"]  # a photo that follows --held-out is held out: nobody is left to learn from
+    code, out, _ = call("adapt", people / "ann-0.png", "--held-out", *held_out, "--domain", "woman", "-o", "me.safetensors", "--steps", 5, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["sha256"] == Identity.load(me).sha256
+    assert set(result["scores"]) == {"face", "similarity", "r_facesim", "copying", "clip_t", "clip_i"}
+
+
+def test_pictures_come_with_what_made_them(call, me):
+    code, out, err = call("generate", me, "a photo of {person} in a red cap", "in the park", "--output", "out", "--count", 2, "--seed", 7, "--size", "48x32", "--json")
+    result = json.loads(out)
+    assert code == 0 and [Path(p["file"]).name for p in result["pictures"]] == ["01-7.png", "01-8.png", "02-7.png", "02-8.png"]
+    image = Image.open(result["pictures"][3]["file"])
+    assert image.size == (48, 32) and image.info["prompt"] == "sks woman, in the park" and image.info["seed"] == "8"
+    assert "picture 4/4" in err
+    code, out, _ = call("generate", me, "in the park", "--output", "again", "--seed", 8, "--size", "48x32")
+    assert out.split() == ["again/01-8.png"] and Image.open("again/01-8.png").tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("format,key", [("diffusers", "transformer."), ("kohya", "lora_unet_")])
+def test_export_writes_an_ordinary_lora(call, me, format, key):
+    code, out, _ = call("export", me, "--format", format, "--output", "lora.safetensors")
+    assert code == 0 and format in out and all(name.startswith(key) for name in load_file("lora.safetensors"))
+
+
+def test_pictures_are_scored_against_photos(call, people):
+    code, out, _ = call("score", people / "ann-1.png", people / "bea-1.png", "--against", people / "ann-2.png", "--json")
+    one, other = json.loads(out)["pictures"]
+    assert code == 0 and one["r_facesim"] > 0.9 > other["r_facesim"] and one["similarity"] is None and one["clip_i"] is None
+    code, out, _ = call("score", people / "ann-1.png", "--against", people / "ann-2.png", "--learnt-from", people / "ann-0.png", "--prompt", "a red cap")
+    assert code == 0 and all(name in out for name in ("R-FaceSim", "similarity to the photo learnt from", "copying", "CLIP-T", "CLIP-I"))
+
+
+def test_methods_are_compared(call, people):
+    folder = write_people(Path("women"), {"ann": "woman", "bea": "woman"})
+    code, out, err = call("evaluate", folder, "--method", "base", "meta-lora", "--steps", 2, "--output", "out", "--part", "1/2", "--json")
+    assert code == 0 and json.loads(out)["methods"]["meta-lora"]["people"] == 1 and "left" in err
+    code, out, _ = call("evaluate", folder, "--method", "base", "--method", "meta-lora", "--steps", 2, "--output", "out")
+    assert code == 0 and "gallery of 2 people, chance 50.0%" in out and Path("out/contact-sheet.png").is_file()
+    code, _, err = call("evaluate", people, "--method", "meta-lora", "--output", "other")
+    assert code == 2 and "no Meta-Down for the domain man" in err
+
+
+def test_a_meta_down_is_trained_and_used(call, people):
+    code, out, err = call("meta-train", people, "--domain", "man", "--output", "man", "--rounds", 1, "--name", "mine", "--json")
+    assert code == 0 and json.loads(out)["people"] == 1 and "step 200/200" in err
+    assert sorted(p.name for p in Path("man").iterdir()) == ["README.md", "config.json", "meta_down.safetensors"]
+    assert MetaDown.load("man").name == "mine" and MetaDown.load("man").sha256 == json.loads(out)["sha256"]
+    assert call("adapt", people / "max-0.png", "--domain", "man", "-o", "max.safetensors", "--steps", 2, "--meta-down", "man")[0] == 0
+    code, _, err = call("meta-train", people, "--domain", "man", "--output", "man")
+    assert code == 2 and "holds a Meta-Down already" in err
+
+
+def test_the_doctor_names_what_is_there_and_what_is_not(call, tiny_base):
+    code, out, _ = call("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["ready"] and found["parts"]["Meta-Down woman"]["domain"] == "woman"
+    assert found["packages"]["torch"] and found["memory_gib"] > 0 and found["device"]
+    code, out, _ = call("doctor", "--meta-down", "nowhere")
+    assert code == 0 and "ok       base" in out and "MISSING  Meta-Down: There is no folder nowhere" in out and "ok       face pack" in out
+    code, out, _ = call("doctor", "--base", "/nowhere", "--json")
+    found = json.loads(out)
+    assert not found["ready"] and "no folder /nowhere" in found["parts"]["base"]["says"]
+
+
+# ---- what cannot be done
+
+
+def refused(call, *arguments) -> str:
+    """The sentence of a command that must fail as asked, and leave nothing."""
+    before = set(Path.cwd().rglob("*"))
+    code, out, err = call(*arguments, "--json")
+    assert code == 2 and json.loads(out) == {"error": err.strip()} and "\n" not in err.strip()
+    assert set(Path.cwd().rglob("*")) == before
+    return err
+
+
+def test_what_cannot_be_done_is_one_sentence_and_exit_two(call, people, me):
+    Image.new("RGB", (64, 64), GREY).save("empty.png")
+    two = portrait(COLOURS["ann"], (8, 8), 64)
+    two.paste(portrait(COLOURS["bea"], (8, 8), 16), (40, 40))
+    ann, man = people / "ann-0.png", people / "max-0.png"
+    adapt = ["--domain", "woman", "--output", "x.safetensors", "--steps", 1]
+    assert "no picture nope.png" in refused(call, "adapt", "nope.png", *adapt)
+    assert "No face was found" in refused(call, "adapt", "empty.png", *adapt)
+    assert "No face was found" in refused(call, "adapt", ann, "--held-out", "empty.png", *adapt)
+    assert "--face can only be 1" in refused(call, "adapt", ann, *adapt, "--face", 2)
+    assert "no Meta-Down for the domain man" in refused(call, "adapt", man, "--domain", "man", "-o", "x.safetensors")
+    assert "name it x.safetensors" in refused(call, "adapt", ann, "--domain", "woman", "-o", "x.pt")
+    assert "no folder" in refused(call, "adapt", ann, "--domain", "woman", "-o", "empty.png/x.safetensors")
+    assert "no folder /nowhere" in refused(call, "adapt", ann, *adapt, "--base", "/nowhere")
+    assert "prompt is empty" in refused(call, "generate", me, " ", "-o", "out")
+    assert "write it like 768x512" in refused(call, "generate", me, "a", "-o", "out", "--size", "big")
+    assert "multiples of 16" in refused(call, "generate", me, "a", "-o", "out", "--size", "50x50")
+    assert "no file gone.safetensors" in refused(call, "generate", "gone.safetensors", "a", "-o", "out")
+    assert "no export format" in refused(call, "export", me, "--format", "onnx", "-o", "x.safetensors")
+    assert "known are base" in refused(call, "evaluate", people, "--method", "magic", "-o", "out")
+    assert "write it like 1/2" in refused(call, "evaluate", people, "--method", "base", "-o", "out", "--part", "half")
+    assert "holds no metadata.jsonl" in refused(call, "meta-train", ".", "--domain", "woman", "-o", "out")
+    assert "nobody of the domain dog" in refused(call, "meta-train", people, "--domain", "dog", "-o", "out")
+    assert "not a Meta-Down folder" in refused(call, "publish", people, "me/it")
+
+
+def test_a_wrong_command_line_is_exit_two_with_a_hint(call):
+    for arguments in (["adapt"], ["draw"], ["adapt", "a.png", "--domain", "woman", "-o", "x.safetensors", "--steps", "0"], ["score", "a.png"], []):
+        code, out, err = call(*arguments)
+        assert code == 2 and "Usage: python -m metalora" in err + out and "Traceback" not in err
+
+
+def test_a_fault_of_ours_is_exit_one_and_shows_itself_on_demand(call, me, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("metalora.cli._open", broken)
+    code, out, err = call("export", me, "-o", "x.safetensors", "--json")
+    assert code == 1 and "our side" in err and "Traceback" not in err and "error" in json.loads(out)
+    monkeypatch.setenv("METALORA_DEBUG", "1")
+    assert "Traceback" in call("export", me, "-o", "x.safetensors")[2]
+
+
+# ---- as processes
+
+
+def environment(tiny_base, meta_downs, **more: str) -> dict[str, str]:
+    return {**os.environ, "METALORA_BASE": str(tiny_base), "METALORA_META_DOWN": str(meta_downs), "PYTHONPATH": str(ROOT), **more}
+
+
+def test_help_comes_at_once():
+    start = time.process_time(), os.times().children_user
+    done = subprocess.run([sys.executable, "-m", "metalora", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "meta-train" in done.stdout and os.times().children_user - start[1] < 1.5
+    loaded = subprocess.run([sys.executable, "-c", "import metalora.cli, sys; print('torch' in sys.modules)"], cwd=ROOT, capture_output=True, text=True)
+    assert loaded.stdout.strip() == "False"
+
+
+def test_a_stop_is_exit_130_and_leaves_nothing(tiny_base, meta_downs, people, tmp_path):
+    arguments = ["adapt", str(people / "ann-0.png"), "--domain", "woman", "--output", "me.safetensors", "--steps", "1000000"]
+    run = subprocess.Popen([sys.executable, "-m", "metalora", *arguments], cwd=tmp_path, env=environment(tiny_base, meta_downs), stderr=subprocess.PIPE, text=True)
+    assert "step 1/1000000" in run.stderr.readline()
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Stopped" in err and "Traceback" not in err and not list(tmp_path.iterdir())
+
+
+def test_publishing_puts_the_folder_on_the_hub(tiny_base, meta_downs, tmp_path):
+    server = HubServer({})
+    (tmp_path / "private.txt").write_text("not for the Hub")
+    env = environment(tiny_base, meta_downs, HF_ENDPOINT=server.url, HF_HOME=str(tmp_path), HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1")
+    publish = [sys.executable, "-m", "metalora", "publish", str(meta_downs / "woman"), "org/down"]
+    env.pop("HF_TOKEN", None)
+    done = subprocess.run(publish, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "HF_TOKEN" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(publish, env={**env, "HF_TOKEN": "hf_x"}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == f"{server.url}/org/down"
+    sent = {path.name: path.read_bytes() for path in (meta_downs / "woman").iterdir()}
+    assert server.repos["org/down"] == sent
+    server.shutdown()
+    server.server_close()
+
+
+# ---- small parts
+
+
+@given(st.lists(st.sampled_from([*SEVERAL, "--json", "-o", "a", "b.png", "-"])))
+def test_spreading_keeps_all_values_in_order(arguments):
+    values = [a for a in arguments if not a.startswith("-") or a == "-"]
+    out = spread(arguments)
+    assert [a for a in out if not a.startswith("-") or a == "-"] == values
+    assert spread(out) == out
+
+
+def test_several_values_may_follow_an_option():
+    assert spread(["score", "p", "--against", "a", "b", "--json"]) == ["score", "p", "--against", "a", "--against", "b", "--json"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_line_on_a_terminal_and_few_lines_elsewhere():
+    file, terminal = io.StringIO(), Terminal()
+    for stream in (file, terminal):
+        with Line(stream) as line:
+            for step in range(1, 376):
+                line.step(StepReport(step, 375, 0.5, 0.25, 4.0 * (375 - step)))
+    lines = file.getvalue().splitlines()
+    assert 10 <= len(lines) <= 12 and lines[-1] == "step 375/375  loss 0.5000  4.0 s/it  0 s left" and lines[0].startswith("step 1/375")
+    assert terminal.getvalue().count("\n") == 1 and terminal.getvalue().endswith("0 s left\n") and "\r" in terminal.getvalue()
+    assert np.all([len(part) < 200 for part in terminal.getvalue().split("\r")])
