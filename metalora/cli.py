@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DEBUG = "METALORA_DEBUG"
 SEVERAL = ("--held-out", "--against", "--learnt-from", "--method")  # options after which several values may stand
 CHECK_PICTURES = 4  # generated after adapting, where there are held-out photos to compare with
-Result = tuple[dict[str, Any], str]  # for --json, and for people
+Result = tuple[dict[str, Any], str]  # for --json, and for people; an empty one is not printed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help="Meta-LoRA: one photo of a face in, pictures and a LoRA file out.")  # fmt: skip
 
@@ -56,7 +56,8 @@ def command(work: Callable[..., Result]) -> Callable[..., None]:
         try:
             with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no result
                 result, text = work(**arguments)
-            print(json.dumps(result, ensure_ascii=False) if as_json else text, flush=True)
+            if result:
+                print(json.dumps(result, ensure_ascii=False) if as_json else text, flush=True)
         except (Cancelled, KeyboardInterrupt):
             _end("Stopped; nothing half done was kept.", 130, as_json)
         except MetaLoraError as error:
@@ -203,9 +204,10 @@ def meta_train(
     first = int(os.environ.get("RANK", 0)) == 0
     with Line() as line:
         found = _finish(_meta_training(people, domain, output, name or output.name, rounds, seed, base), line.step if first else lambda report: None)
-    if first:
-        found.save(output)
-        (output / CHECKPOINT).unlink(missing_ok=True)
+    if not first:
+        return {}, ""  # one of several processes speaks for all
+    found.save(output)
+    (output / CHECKPOINT).unlink(missing_ok=True)
     result = {"output": str(output), "domain": domain, "people": len(people), "sha256": found.sha256, "steps": found.training["steps"]}
     return result, f"{output}: the Meta-Down of {len(people)} people of the domain {domain}"
 

@@ -132,12 +132,29 @@ def test_methods_are_compared(call, people):
 
 def test_a_meta_down_is_trained_and_used(call, people):
     code, out, err = call("meta-train", people, "--domain", "man", "--output", "man", "--rounds", 1, "--name", "mine", "--json")
-    assert code == 0 and json.loads(out)["people"] == 1 and "step 200/200" in err
+    assert code == 0 and json.loads(out)["people"] == 1 and "step 8/8" in err
     assert sorted(p.name for p in Path("man").iterdir()) == ["README.md", "config.json", "meta_down.safetensors"]
     assert MetaDown.load("man").name == "mine" and MetaDown.load("man").sha256 == json.loads(out)["sha256"]
     assert call("adapt", people / "max-0.png", "--domain", "man", "-o", "max.safetensors", "--steps", 2, "--meta-down", "man")[0] == 0
     code, _, err = call("meta-train", people, "--domain", "man", "--output", "man")
     assert code == 2 and "holds a Meta-Down already" in err
+
+
+def test_a_stopped_meta_training_goes_on_from_its_checkpoint(call, people, monkeypatch):
+    train = ["meta-train", people, "--domain", "woman", "--name", "mine", "--json"]
+    whole = json.loads(call(*train, "--output", "whole")[1])
+    shown: list[int] = []
+
+    def stop(line: Line, report: StepReport) -> None:
+        shown.append(report.step)
+        if len(shown) == 13:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Line, "step", stop)
+    code, out, err = call(*train, "--output", "out")
+    assert code == 130 and json.loads(out) == {"error": err.strip()} and [p.name for p in Path("out").iterdir()] == ["checkpoint.safetensors"]
+    assert json.loads(call(*train, "--output", "out")[1])["sha256"] == whole["sha256"]
+    assert shown == [*range(1, 14), *range(9, 25)]
 
 
 def test_the_doctor_names_what_is_there_and_what_is_not(call, tiny_base):
