@@ -103,7 +103,7 @@ class Learning:
         return (
             f'<div class="learning {kind}">'
             f'<div class="pair"><figure><img src="{self.photo}" alt="your photo"><figcaption>photo</figcaption></figure>'
-            f'<b>→</b><figure><div class="frame">{now}</div><figcaption>so far</figcaption></figure></div>'
+            f'<b>→</b><figure><div class="frame">{now}</div><figcaption>{"learnt" if kind == "done" else "so far"}</figcaption></figure></div>'
             f'<div class="bar"><i class="{"wait" if share is None else ""}"{bar}></i></div>'
             f'<p><b>{title}</b> <span class="figures">{figures}</span></p>{curve(self.smooth())}</div>'
         )

@@ -38,7 +38,7 @@ def examine(base: str, meta_down: str | None) -> dict[str, Any]:
     _look(parts, "CLIP", lambda: _clip(settings.clip))
     return {
         "ready": all(part["ok"] for part in parts.values()), "python": platform.python_version(), "system": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES}, **_device(), "parts": parts,
+        "packages": {name: version(name) for name in PACKAGES}, **device(), "parts": parts,
     }  # fmt: skip
 
 
@@ -92,17 +92,19 @@ def _clip(place: str) -> dict[str, Any]:
     return {"says": place}
 
 
-def _device() -> dict[str, Any]:
+def device() -> dict[str, Any]:
+    """The device that would be used, the machine's memory and the free disk."""
     import torch
 
     gpu = torch.cuda.is_available()
     properties = torch.cuda.get_device_properties(0) if gpu else None
-    device = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB" if properties else f"CPU, {os.cpu_count()} cores"
+    name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB" if properties else f"CPU, {os.cpu_count()} cores"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return {"device": device, "gpu": gpu, "memory_gib": memory / 2**30, "disk_free_gib": shutil.disk_usage(Path.cwd()).free / 2**30}
+    return {"device": name, "gpu": gpu, "memory_gib": memory / 2**30, "disk_free_gib": shutil.disk_usage(Path.cwd()).free / 2**30}
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Installed version of a package, None where it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

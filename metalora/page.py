@@ -47,24 +47,24 @@ def build(studio: Studio, samples: list[Sample], prompts: list[str]) -> gr.Block
 
 def _photo(samples: list[Sample]) -> dict[str, gr.Component]:
     """Step 1: a sample person or a photo, and which of its faces."""
-    gr.HTML(cards.heading(1, "Choose a photo"))
+    gr.HTML(cards.heading(1, "Choose a photo"), padding=False)
     c: dict[str, gr.Component] = {}
     with gr.Row(elem_id="choose"):
         with gr.Column(scale=3, min_width=240, visible=bool(samples)):
-            gr.HTML('<p class="note">Sample people, made by a computer. Click one.</p>')
+            gr.HTML(cards.line("A sample person, made by a computer"), padding=False)
             c["samples"] = gr.Gallery(
                 [s.photo for s in samples], show_label=False, columns=4, object_fit="cover", height="auto", allow_preview=False,
                 buttons=[], interactive=False, elem_id="samples", elem_classes="tiles", format="png",
             )  # fmt: skip
         with gr.Column(scale=2, min_width=180):
-            gr.HTML('<p class="note">Or a photo of yours.</p>')
+            gr.HTML(cards.line("or a photo of yours"), padding=False)
             c["photo"] = gr.Image(
                 show_label=False, type="filepath", sources=["upload", "webcam", "clipboard"], image_mode=None, height=214, buttons=[], elem_id="photo",
                 placeholder="Drop a photo\nor click",
             )  # fmt: skip
     # Gradio's own opening of the upload would answer a bad file with a raw fault; ours answers with a sentence.
     c["photo"].preprocess = lambda payload: payload and payload.path
-    c["which"] = gr.HTML('<p class="note ask">The photo shows several faces. Click the one to learn.</p>', visible=False)
+    c["which"] = gr.HTML('<p class="ask">The photo shows several faces. Click the one to learn.</p>', visible=False, padding=False)
     c["faces"] = gr.Gallery(
         show_label=False, columns=6, object_fit="cover", height="auto", allow_preview=False, buttons=[], interactive=False, visible=False,
         elem_id="faces", elem_classes="tiles", format="png",
@@ -75,9 +75,9 @@ def _photo(samples: list[Sample]) -> dict[str, gr.Component]:
 
 def _learning() -> dict[str, gr.Component]:
     """Step 2: learn the person, and see how it goes."""
-    gr.HTML(cards.heading(2, "Learn the person"))
+    gr.HTML(cards.heading(2, "Learn the person"), padding=False)
     c: dict[str, gr.Component] = {}
-    c["domain"] = gr.Radio(["woman", "man"], value="woman", label="The photo shows a", elem_id="domain", container=False)
+    c["domain"] = gr.Radio(["woman", "man"], value="woman", label="The photo shows a", elem_id="domain")
     c["learn"] = gr.Button("Learn this person", variant="primary", size="lg", elem_id="learn")
     c["stop"] = gr.Button("Stop", variant="stop", size="lg", visible=False, elem_id="stop")
     c["card"] = gr.HTML("", elem_id="card", padding=False)
@@ -94,7 +94,7 @@ def _learning() -> dict[str, gr.Component]:
 
 def _pictures(prompts: list[str]) -> dict[str, gr.Component]:
     """Step 3: prompts → pictures with their likeness."""
-    gr.HTML(cards.heading(3, "Ask for pictures"))
+    gr.HTML(cards.heading(3, "Ask for pictures"), padding=False)
     c: dict[str, gr.Component] = {}
     c["prompt"] = gr.Textbox(prompts[0], show_label=False, info="{person} stands for the person.", lines=1, max_lines=4, elem_id="prompt")
     gr.Examples([[p] for p in prompts[:8]], c["prompt"], label="Or click one of these", cache_examples=False, elem_id="prompts", examples_per_page=8)
@@ -122,13 +122,13 @@ def _pictures(prompts: list[str]) -> dict[str, gr.Component]:
 
 def _files() -> dict[str, gr.Component]:
     """Step 4: the person as files."""
-    gr.HTML(cards.heading(4, "Keep the person"))
+    gr.HTML(cards.heading(4, "Keep the person"), padding=False)
     c: dict[str, gr.Component] = {}
     with gr.Row(elem_id="files"):
-        for name, label in (("identity", "Identity file"), ("diffusers", "LoRA · diffusers, ComfyUI"), ("kohya", "LoRA · kohya")):
+        for name, label in (("identity", "Identity file"), ("diffusers", "LoRA: diffusers"), ("kohya", "LoRA: kohya")):
             c[name] = gr.DownloadButton(label, interactive=False, min_width=130, size="md", elem_id=f"get-{name}")
-        c["load"] = gr.UploadButton("Load an identity file", file_types=[".safetensors"], min_width=130, size="md", elem_id="load")
-    gr.HTML(cards.line("The identity file belongs to this base and comes back here. The LoRA files work in other programs, without Meta-LoRA."))
+        c["load"] = gr.UploadButton("Load a person", file_types=[".safetensors"], min_width=130, size="md", elem_id="load")
+    gr.HTML(cards.line("The identity file belongs to this base and is loaded here again. The LoRA files work in other programs, ComfyUI among them (the one for diffusers), and need nothing of ours."), padding=False)
     return c
 
 

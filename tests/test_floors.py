@@ -22,7 +22,7 @@ FLOORS = [
     {"cards"},
     {"handlers"},
     {"samples", "page", "progress"},
-    {"cli"},
+    {"cli", "bench"},
     {"__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
