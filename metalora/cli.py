@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import os
 import re
@@ -57,7 +58,7 @@ def command(work: Callable[..., Result]) -> Callable[..., None]:
             with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no result
                 result, text = work(**arguments)
             if result:
-                print(json.dumps(result, ensure_ascii=False) if as_json else text, flush=True)
+                print(json.dumps(result) if as_json else text, flush=True)
         except (Cancelled, KeyboardInterrupt):
             _end("Stopped; nothing half done was kept.", 130, as_json)
         except MetaLoraError as error:
@@ -76,7 +77,7 @@ def _end(sentence: str, code: int, as_json: bool) -> None:
         traceback.print_exc(file=sys.stderr)
     print(sentence, file=sys.stderr, flush=True)
     if as_json:
-        print(json.dumps({"error": sentence}, ensure_ascii=False), flush=True)
+        print(json.dumps({"error": sentence}), flush=True)
     raise typer.Exit(code) from None
 
 
@@ -357,5 +358,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if os.environ.get(DEBUG) != "1":
         warnings.simplefilter("ignore")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without our dashes is no fault
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a stop from outside tidies up too
     app(spread(sys.argv[1:] if arguments is None else arguments), prog_name="python -m metalora")
