@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import metalora  # noqa: F401  first, for it sets how threads wait before torch loads
+
+if TYPE_CHECKING:
+    from gradio import Blocks
 
 
 def settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -21,21 +26,29 @@ def settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    """Open the page at once, and the base behind it."""
-    chosen = settings()
+def start(chosen: argparse.Namespace) -> Blocks:
+    """Serve the page and open the base behind it; returns while both go on. OSError where the port is taken."""
+    from metalora.page import STYLE, THEME, build
+    from metalora.samples import PEOPLE, sample_people
     from metalora.studio import Studio
 
     studio = Studio(chosen.base, chosen.meta_down)
-    from metalora.page import STYLE, THEME, build
-    from metalora.samples import PEOPLE, sample_people
-
     page = build(studio, *sample_people())
     page.queue(max_size=32).launch(
         server_name=chosen.host, server_port=chosen.port, share=chosen.share, theme=THEME, css_paths=STYLE, prevent_thread_lock=True,
         footer_links=["api"], allowed_paths=[str(PEOPLE)], max_file_size="200mb", ssr_mode=False,
     )  # fmt: skip
     studio.open()
+    return page
+
+
+def main() -> None:
+    """Serve until stopped."""
+    chosen = settings()
+    try:
+        page = start(chosen)
+    except OSError:
+        sys.exit(f"The port {chosen.port or 'that was asked for'} is taken; give another with --port, or none to have a free one found.")
     page.block_thread()
 
 

@@ -164,15 +164,16 @@ class Handlers:
                 raise MetaLoraError("Learn a person first, or load an identity file.")
             order = Order(prompt, int(count), int(seed), int(steps), float(guidance), parse_size(size), float(strength))
         scored, held_out = learnt.photos is not None, 0 if learnt.held_out is None else len(learnt.held_out)
-        pictures, shown = [], []
+        pictures, shown, summary = [], [], cards.line("Nothing was made.")
         yield [gr.skip(), cards.line("starting"), gr.skip(), *busy]
         try:
             with one_sentence():
                 for picture in self.draw(learnt, order, new_folder(), stop):
                     shown.append((str(picture.path), cards.caption(picture, order.seed + len(pictures), scored)))
                     pictures.append(picture)
-                    yield [shown, cards.summary(pictures, time.monotonic() - started, held_out), gr.skip(), *busy]
-            yield [shown, gr.skip(), order.seed + order.count if vary else order.seed, *idle]
+                    summary = cards.summary(pictures, time.monotonic() - started, held_out)
+                    yield [shown, summary, gr.skip(), *busy]
+            yield [shown, summary, order.seed + order.count if vary else order.seed, *idle]
         except Cancelled:
             yield [shown or gr.skip(), cards.line("Stopped."), gr.skip(), *idle]
         except gr.Error:

@@ -78,6 +78,7 @@ def _learning() -> dict[str, gr.Component]:
     gr.HTML(cards.heading(2, "Learn the person"), padding=False)
     c: dict[str, gr.Component] = {}
     c["domain"] = gr.Radio(["woman", "man"], value="woman", label="The photo shows a", elem_id="domain")
+    c["domain"].preprocess = lambda payload: payload  # the base says which there are, not the list that the page began with
     c["learn"] = gr.Button("Learn this person", variant="primary", size="lg", elem_id="learn")
     c["stop"] = gr.Button("Stop", variant="stop", size="lg", visible=False, elem_id="stop")
     c["card"] = gr.HTML("", elem_id="card", padding=False)

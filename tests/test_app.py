@@ -1,0 +1,300 @@
+"""The app as a program sees it: the live server through gradio_client, on a small base of random weights."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import wait
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import app
+from metalora import Identity, cards
+from metalora.config import BaseSettings
+from metalora.handlers import Handlers, parse_size, sizes
+from metalora.studio import StopFlag
+
+from .conftest import make_meta_down
+from .parts import COLOURS, GREY, portrait
+
+ROOT = Path(__file__).parents[1]
+STEPS = 5
+LONG = 2000  # steps that no test waits for
+WORK = {"prompt": "a photo of {person} in the green park", "count": 2, "seed": 3, "vary": True, "size": "32x32", "steps": 3, "guidance": 1.0, "strength": 1.0}
+
+
+@contextmanager
+def served(*arguments: str):
+    """The app's address, while it is served from this process."""
+    page = app.start(app.settings(["--host", "127.0.0.1", *arguments]))
+    try:
+        yield page.local_url
+    finally:
+        page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def address(tiny_base, base, tmp_path_factory):
+    """A page on the tiny base, with a Meta-Down each for women and men."""
+    downs = tmp_path_factory.mktemp("meta-down")
+    for seed, domain in enumerate(("man", "woman")):
+        replace(make_meta_down(base, base.settings.adapter, seed), domain=domain).save(downs / domain)
+    with served("--base", str(tiny_base), "--meta-down", str(downs)) as url:
+        yield url
+
+
+@pytest.fixture
+def connect(address):
+    """Makes clients, each a session of its own."""
+    return lambda: Client(address, verbose=False)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> dict[str, str]:
+    """Name → photo of that person."""
+    folder = tmp_path_factory.mktemp("photos")
+    for name, colour in COLOURS.items():
+        portrait(colour).save(folder / f"{name}.png")
+    return {name: str(folder / f"{name}.png") for name in COLOURS}
+
+
+def learn(client: Client, photo: str, domain: str = "woman", steps: int = STEPS, seed: int = 0, face: int = 0, held_out=()):
+    """Start to learn; the job."""
+    return client.submit(
+        photo=handle_file(photo), face=face, domain=domain, steps=steps, seed=seed, held_out=[handle_file(p) for p in held_out], api_name="/learn"
+    )
+
+
+def files_of(job) -> list[Path]:
+    """The three files that a learning gives."""
+    return [Path(part["value"] if isinstance(part, dict) else part) for part in job.result(timeout=120)[:3]]
+
+
+def generate(client: Client, **changes):
+    return client.predict(**WORK | changes, api_name="/generate")
+
+
+def wait_until(true, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.02)
+
+
+# ---- from a photo to files and pictures
+
+
+def test_status_names_the_base_and_sets_the_controls(connect, tiny_base):
+    status, domain, steps, size, denoising, guidance, *_ = connect().predict(api_name="/status")
+    wanted = BaseSettings.load(tiny_base)
+    assert "tiny" in status and "32×32" in status and "ready" in status
+    assert [value for _, value in domain["choices"]] == ["man", "woman"]
+    assert (steps["value"], size["value"], denoising["value"], guidance["value"]) == (wanted.adapt.steps, "32x32", wanted.inference_steps, wanted.guidance)
+
+
+def test_learn_generate_download(connect, photos):
+    client = connect()
+    job = learn(client, photos["ann"])
+    identity, diffusers, kohya = files_of(job)
+    assert Identity.load(identity).steps == STEPS and Identity.load(identity).domain == "woman"
+    assert all(key.startswith("transformer.") for key in load_file(diffusers)) and all(key.startswith("lora_unet_") for key in load_file(kohya))
+    with safe_open(identity, "numpy") as file:
+        assert "ann" not in str(file.metadata())  # no file name of the user's
+    assert any("likeness" in str(update) and f"of {STEPS}" in str(update) for update in job.outputs())
+
+    gallery, summary, seed, *_ = generate(client)
+    assert "2 pictures" in summary and seed == WORK["seed"] + WORK["count"]
+    for number, shown in enumerate(gallery):
+        image = Image.open(shown["image"])
+        assert image.size == (32, 32) and image.info["AI-generated"] == "true"
+        assert image.info["prompt"] == "a photo of sks woman in the green park" and image.info["seed"] == str(WORK["seed"] + number)
+        assert f"seed {WORK['seed'] + number}" in shown["caption"]
+
+
+def test_the_same_seed_gives_the_same_file(connect, photos):
+    one, other = (files_of(learn(connect(), photos["bea"], seed=7))[0].read_bytes() for _ in range(2))
+    assert one == other != files_of(learn(connect(), photos["bea"], seed=8))[0].read_bytes()
+
+
+def test_an_identity_file_is_loaded_again(connect, photos):
+    identity = files_of(learn(connect(), photos["max"], "man"))[0]
+    fresh = connect()
+    again = [Path(part["value"]) for part in fresh.predict(handle_file(str(identity)), api_name="/load")[:3]]
+    assert again[0].read_bytes() == identity.read_bytes() and load_file(again[1])
+    gallery, *_ = generate(fresh)
+    assert Image.open(gallery[0]["image"]).info["prompt"] == "a photo of sks man in the green park"
+
+
+def test_other_photos_are_compared_with_and_not_learnt_from(connect, photos):
+    client = connect()
+    with_others = files_of(learn(client, photos["ann"], held_out=[photos["ann"], photos["bea"]]))[0].read_bytes()
+    assert with_others == files_of(learn(connect(), photos["ann"]))[0].read_bytes()
+
+
+def test_of_several_faces_one_is_chosen(connect, photos, tmp_path):
+    two = Image.new("RGB", (64, 32), GREY)
+    for x, name in ((0, "ann"), (32, "bea")):
+        two.paste(portrait(COLOURS[name]), (x, 0))
+    two.save(path := str(tmp_path / "two.png"))
+    client = connect()
+    found = client.predict(handle_file(path), api_name="/look")
+    faces = next(part["value"] for part in found if isinstance(part, dict) and part.get("value") and isinstance(part["value"], list))
+    assert [shown["caption"] for shown in faces] == ["face 1", "face 2"]
+    with pytest.raises(AppError, match="2 faces"):
+        learn(client, path).result(timeout=60)
+    left, right = (files_of(learn(connect(), path, face=number))[0].read_bytes() for number in (1, 2))
+    assert left != right
+
+
+# ---- stopping
+
+
+def test_stop_ends_a_learning_at_once_and_keeps_what_was_there(connect, photos):
+    client = connect()
+    identity = files_of(learn(client, photos["ann"]))[0]
+    job = learn(client, photos["bea"], steps=LONG)
+    wait_until(lambda: any("step " in str(update) for update in job.outputs()))
+    asked = time.monotonic()
+    client.predict(api_name="/stop")
+    job.result(timeout=30)
+    assert time.monotonic() - asked < 2.5  # a second, and what a busy machine adds
+    assert "Stopped" in str(job.outputs()[-1]) and identity.is_file()
+    gallery, *_ = generate(client, count=1)  # the person before is still there
+    assert Image.open(gallery[0]["image"]).info["identity"] == f'{{"{Identity.load(identity).sha256}": 1.0}}'
+
+
+def test_stop_ends_pictures_and_keeps_those_that_are_done(connect, photos):
+    client = connect()
+    files_of(learn(client, photos["ann"]))
+    job = client.submit(**WORK | {"count": 16, "steps": 100}, api_name="/generate")
+    wait_until(lambda: any(update[0] for update in job.outputs() if isinstance(update[0], list)))
+    client.predict(api_name="/stop")
+    gallery, summary, *_ = job.result(timeout=30)
+    assert 1 <= len(gallery) < 16 and "Stopped" in summary
+
+
+# ---- several at once
+
+
+def test_sessions_do_not_see_each_other(connect, photos):
+    people = {"ann": "woman", "max": "man", "bea": "woman"}
+    clients = {name: connect() for name in people}
+    jobs = {name: learn(client, photos[name], people[name], steps=20) for name, client in clients.items()}
+    identities = {name: Identity.load(files_of(job)[0]) for name, job in jobs.items()}
+    assert len({person.sha256 for person in identities.values()}) == 3
+    pictures = {name: client.submit(**WORK, api_name="/generate") for name, client in clients.items()}
+    for name, job in pictures.items():
+        shown = job.result(timeout=120)[0]
+        assert identities[name].sha256 in Image.open(shown[0]["image"]).info["identity"]
+    with pytest.raises(AppError, match="Learn a person first"):
+        generate(connect())
+
+
+def test_one_stops_and_the_other_goes_on(connect, photos):
+    first, second = connect(), connect()
+    running, queued = learn(first, photos["ann"], steps=LONG), learn(second, photos["bea"])
+    wait_until(lambda: any("step " in str(update) for update in running.outputs()))
+    second.predict(api_name="/stop")  # before its turn has come: nobody else is stopped
+    assert not running.done()
+    first.predict(api_name="/stop")
+    assert not wait([running.future], timeout=30).not_done and "Stopped" in str(running.outputs()[-1])
+    assert Identity.load(files_of(queued)[0]).steps == STEPS
+
+
+# ---- faults: one sentence each, and the page goes on
+
+
+def test_faults_are_one_sentence(connect, photos, tmp_path):
+    client = connect()
+    grey, broken, text = tmp_path / "grey.png", tmp_path / "broken.png", tmp_path / "text.safetensors"
+    Image.new("RGB", (32, 32), GREY).save(grey)
+    broken.write_bytes(Path(photos["ann"]).read_bytes()[:60])
+    text.write_text("no tensors here")
+    files_of(learn(client, photos["ann"]))
+    asked = {
+        "No face": lambda: learn(client, str(grey)).result(timeout=60),
+        "cut off or damaged": lambda: learn(client, str(broken)).result(timeout=60),
+        "no Meta-Down for the domain cat": lambda: learn(client, photos["ann"], "cat").result(timeout=60),
+        "prompt is empty": lambda: generate(client, prompt="  "),
+        "not a size": lambda: generate(client, size="large"),
+        "multiples of 16": lambda: generate(client, size="33x32"),
+        "safetensors|identity": lambda: client.predict(handle_file(str(text)), api_name="/load"),
+    }
+    for words, ask in asked.items():
+        with pytest.raises(AppError, match=words) as fault:
+            ask()
+        assert "Traceback" not in str(fault.value) and str(fault.value).count("\n") == 0
+    assert generate(client, count=1)[0]  # and on it goes
+
+
+def test_a_base_that_cannot_be_had_is_said_on_the_page(tmp_path):
+    with served("--base", str(tmp_path)) as url:
+        client = Client(url, verbose=False)
+        status = client.predict(api_name="/status")[0]
+        assert "fault" in status and "no diffusers pipeline" in status
+
+
+# ---- settings
+
+
+def test_settings_come_from_the_command_line_or_the_environment(monkeypatch):
+    for name, value in {"BASE": "a/b", "META_DOWN": "c/d@e", "HOST": "0.0.0.0", "PORT": "1234", "SHARE": "true"}.items():
+        monkeypatch.setenv(f"METALORA_{name}", value)
+    assert vars(app.settings([])) == {"base": "a/b", "meta_down": "c/d@e", "host": "0.0.0.0", "port": 1234, "share": True}
+    assert vars(app.settings(["--base", "x", "--port", "5"])) == {"base": "x", "meta_down": "c/d@e", "host": "0.0.0.0", "port": 5, "share": True}
+
+
+def test_a_taken_port_is_said_in_one_sentence(address):
+    port = re.search(r":(\d+)", address)[1]
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "app.py"), "--base", "nowhere", "--host", "127.0.0.1", "--port", port], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert found.returncode == 1 and found.stderr.strip().splitlines()[-1].startswith(f"The port {port} is taken") and "Traceback" not in found.stderr
+
+
+# ---- parts
+
+
+@pytest.mark.parametrize("resolution,grid,expected", [(96, 16, ["96x96", "64x96", "96x64"]), (1024, 16, ["1024x1024", "768x1024", "1024x768"]), (16, 16, ["16x16"] * 3)])
+def test_sizes_are_on_the_grid(resolution, grid, expected):
+    assert sizes(resolution, grid) == expected
+    assert all(side % grid == 0 for text in expected for side in parse_size(text))
+
+
+@pytest.mark.parametrize("seconds,text", [(0, "0 s"), (59.4, "59 s"), (60, "1 min 00 s"), (125, "2 min 05 s"), (4200, "1 h 10 min")])
+def test_clock(seconds, text):
+    assert cards.clock(seconds) == text
+
+
+def test_words_of_users_and_bases_are_shown_as_text():
+    assert "<b>" not in cards.words([["<b>red</b>", "blue"]]) and "<script" not in cards.status("<script>")
+
+
+def test_stop_flags_are_apart():
+    one, other = StopFlag.of("session-one"), StopFlag.of("session-two")
+    one.raise_()
+    try:
+        assert one.is_set() and not other.is_set()
+    finally:
+        one.clear()
+    assert not one.is_set()
+
+
+def test_handlers_of_a_sample(photos):
+    from metalora.handlers import Sample
+
+    event = type("Event", (), {"index": 0})()
+    taken = Handlers(None, [Sample(photos["ann"], "woman", [photos["bea"]])]).take_sample(event)
+    assert taken[0] == photos["ann"] and taken[1] == [photos["bea"]] and taken[-1] == "woman"
