@@ -84,7 +84,7 @@ def _learning() -> dict[str, gr.Component]:
     c["card"] = gr.HTML("", elem_id="card", padding=False)
     with gr.Accordion("More settings", open=False, elem_classes="more"):
         with gr.Row():
-            c["steps"] = gr.Slider(1, 2000, value=375, step=1, label="Learning steps")
+            c["steps"] = gr.Slider(1, 2000, value=375, step=1, label="Learning steps", elem_id="learning-steps")
             c["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
         c["held_out"] = gr.File(
             label="Other photos of this person: not learnt from, only compared with (R-FaceSim)", file_count="multiple", height=120,
