@@ -135,7 +135,7 @@ def caption(picture: Picture, seed: int, scored: bool) -> str:
     """What stands under a picture."""
     lines = []
     if picture.similarity is not None:
-        lines.append(f"likeness {picture.similarity:.2f}")
+        lines.append(f"similarity to your photo {picture.similarity:.2f}")
     if picture.r_facesim is not None:
         lines.append(f"R-FaceSim {picture.r_facesim:.2f}")
     if not lines and scored:
@@ -147,7 +147,7 @@ def summary(pictures: Sequence[Picture], seconds: float, held_out: int) -> str:
     """One line over the pictures: how long, and the mean scores."""
     parts = [f"{len(pictures)} picture{'s' if len(pictures) != 1 else ''} in {clock(seconds) if seconds >= 10 else f'{seconds:.1f} s'}"]
     for name, values in (
-        ("mean likeness", [p.similarity for p in pictures]),
+        ("mean similarity to your photo", [p.similarity for p in pictures]),
         (f"mean R-FaceSim ({held_out} other photo{'s' if held_out != 1 else ''})", [p.r_facesim for p in pictures]),
     ):
         known = [v for v in values if v is not None]

@@ -19,7 +19,10 @@ GPU: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}  # one p
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # of use to a browser only
 PROMPTS = ["a photo of {person} in a green park", "a photo of {person} wearing a red cap", "a photo of {person} smiling, at the beach"]
 INTRO = "# Meta-LoRA\nOne photo of a face becomes a small LoRA file, and pictures of that person in any scene."
-LIKENESS = "Likeness is the cosine between face embeddings, here to the photo that was learnt from: the same face is near 1, strangers are near 0. R-FaceSim is the same to photos that were not learnt from."
+LIKENESS = (
+    "Both are cosines between face embeddings: the same face is near 1, strangers are near 0. The similarity is to the photo that was learnt from. "
+    "R-FaceSim is to other photos of the person, so that copying the photo does not raise it."
+)
 
 
 def build(studio: Studio, samples: list[Sample], prompts: list[str]) -> gr.Blocks:
@@ -102,7 +105,7 @@ def _pictures(prompts: list[str]) -> dict[str, gr.Component]:
     c["words"] = gr.HTML("", elem_id="words", padding=False)
     c["generate"] = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
     c["stop"] = gr.Button("Stop", variant="stop", size="lg", visible=False, elem_id="stop-pictures")
-    c["summary"] = gr.HTML(cards.line("The pictures come here, each with its likeness to the photo."), elem_id="summary", padding=False)
+    c["summary"] = gr.HTML(cards.line("The pictures come here, each with its likeness under it."), elem_id="summary", padding=False)
     c["gallery"] = gr.Gallery(
         show_label=False, columns=4, object_fit="contain", height="auto", format="png", interactive=False,
         buttons=["download", "download_all", "fullscreen"], elem_id="pictures", elem_classes="tiles",

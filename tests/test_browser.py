@@ -140,7 +140,7 @@ def test_a_sample_person_from_the_first_click_to_the_files(visit, tmp_path):
     page.wait_for_function("text => document.querySelector('#prompt textarea').value === text", arg=wanted)
     page.click("#generate")
     shown = pictures(page, 4)
-    assert re.search(r"(likeness -?\d\.\d\d|no face found)", shown.first.inner_text()) and "seed 0" in shown.first.inner_text()
+    assert re.search(r"(similarity to your photo -?\d\.\d\d|no face found)", shown.first.inner_text()) and "seed 0" in shown.first.inner_text()
     assert shown.first.locator("img").bounding_box()["width"] > 120  # however few pixels it has
     made = Image.open(io.BytesIO(page.request.get(shown.first.locator("img").get_attribute("src")).body()))
     assert made.format == "PNG" and made.info["AI-generated"] == "true"
