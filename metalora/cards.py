@@ -131,13 +131,18 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def figure(cosine: float) -> str:
+    """Two digits; no minus before a zero."""
+    return f"{round(cosine, 2) + 0.0:.2f}"
+
+
 def caption(picture: Picture, seed: int, scored: bool) -> str:
     """What stands under a picture."""
     lines = []
     if picture.similarity is not None:
-        lines.append(f"similarity to your photo {picture.similarity:.2f}")
+        lines.append(f"similarity to your photo {figure(picture.similarity)}")
     if picture.r_facesim is not None:
-        lines.append(f"R-FaceSim {picture.r_facesim:.2f}")
+        lines.append(f"R-FaceSim {figure(picture.r_facesim)}")
     if not lines and scored:
         lines.append("no face found")
     return "\n".join([*lines, f"seed {seed}"])
@@ -152,5 +157,5 @@ def summary(pictures: Sequence[Picture], seconds: float, held_out: int) -> str:
     ):
         known = [v for v in values if v is not None]
         if known:
-            parts.append(f"{name} <b>{sum(known) / len(known):.2f}</b>")
+            parts.append(f"{name} <b>{figure(sum(known) / len(known))}</b>")
     return f'<p class="summary">{" · ".join(parts)}</p>'

@@ -89,10 +89,8 @@ def _learning() -> dict[str, gr.Component]:
         with gr.Row():
             c["steps"] = gr.Slider(1, 2000, value=375, step=1, label="Learning steps", elem_id="learning-steps")
             c["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
-        c["held_out"] = gr.File(
-            label="Other photos of this person: not learnt from, only compared with (R-FaceSim)", file_count="multiple", height=120,
-            file_types=["image", ".heic", ".heif"],
-        )  # fmt: skip
+        gr.HTML(cards.line("Other photos of this person. Nothing is learnt from them; the pictures are compared with them (R-FaceSim)."), padding=False)
+        c["held_out"] = gr.File(show_label=False, file_count="multiple", height=130, file_types=["image", ".heic", ".heif"])
     return c
 
 
@@ -119,8 +117,9 @@ def _pictures(prompts: list[str]) -> dict[str, gr.Component]:
         with gr.Row():
             c["size"] = gr.Dropdown(["96x96"], value="96x96", label="Size, px", allow_custom_value=True)
             c["steps"] = gr.Slider(1, 100, value=10, step=1, label="Denoising steps")
+        with gr.Row():
             c["guidance"] = gr.Slider(0, 10, value=1.0, step=0.1, label="Guidance")
-            c["strength"] = gr.Slider(0, 2, value=1.0, step=0.05, label="Strength of the person")
+            c["strength"] = gr.Slider(0, 2, value=1.0, step=0.05, label="Strength")
     return c
 
 

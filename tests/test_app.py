@@ -278,6 +278,11 @@ def test_clock(seconds, text):
     assert cards.clock(seconds) == text
 
 
+@pytest.mark.parametrize("cosine,text", [(0.876, "0.88"), (-0.001, "0.00"), (-0.25, "-0.25")])
+def test_figures_have_two_digits(cosine, text):
+    assert cards.figure(cosine) == text
+
+
 def test_words_of_users_and_bases_are_shown_as_text():
     assert "<b>" not in cards.words([["<b>red</b>", "blue"]]) and "<script" not in cards.status("<script>")
 
