@@ -1,8 +1,4 @@
-"""The project's bars, measured on this machine: `python -m metalora.bench [--json FILE]`.
-
-Start of the app, learning a person, pictures, memory, sizes, and two promises: the base's weights are untouched, and the
-exported LoRA draws the same picture in a plain diffusers pipeline.
-"""
+"""The project's bars, measured on this machine: `python -m metalora.bench [--json FILE]`; see the README."""
 
 from __future__ import annotations
 
@@ -42,11 +38,9 @@ PATIENCE = 600  # seconds until a page that does not answer is given up
 
 def start_seconds(base: str, meta_down: str | None) -> tuple[float, float]:
     """Seconds from `python app.py` to a page that answers, and to a base that is open."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "app.py"), "--base", base, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--meta-down", meta_down] if meta_down else []
+    command = [sys.executable, str(ROOT / "app.py"), "--base", base, "--host", "127.0.0.1", "--port", str(port), *(["--meta-down", meta_down] if meta_down else [])]
     started = time.monotonic()
     app = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -132,7 +126,7 @@ def measure(base: str, meta_down: str | None, photo: str, domain: str, folder: P
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m metalora.bench", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m metalora.bench", description=__doc__)
     parser.add_argument("--base", default=DEFAULT_BASE)
     parser.add_argument("--meta-down")
     parser.add_argument("--photo", help="a photo to learn from; the first sample person when not given")
