@@ -26,7 +26,12 @@ from metalora.miniature.training import Job, read_figures
 
 MOST_MEGABYTES = 60.0  # of all assets together, so that the project stays a quick download
 GUIDANCE = 2.5  # that a base which has learnt guidance is used with
-SETTINGS: dict[str, Any] = {}  # what metalora.json says of this base beyond `write_settings`, for instance {"adapt": {"steps": 375}}
+# What metalora.json says of this base beyond `write_settings`; found by trial on people of the training.
+SETTINGS: dict[str, Any] = {
+    "adapt": {"learning_rate": 3e-3, "batch_size": 4},
+    "meta": {"rounds": 8, "bucket_size": 48, "bucket_steps": 100, "warmup_steps": 30, "batch_size": 16, "learning_rate": 3e-3,
+             "down_learning_rate": 5e-4},
+}
 COMMON = ("command", "seed", "training", "model", "steps", "samples", "minutes", "loss", "torch")  # of every result.json
 
 
