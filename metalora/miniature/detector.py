@@ -119,6 +119,15 @@ def _paste(canvas: torch.Tensor, tile: tuple[int, int, int], shards: Shards, rng
     return cut.flatten(), points + shift
 
 
+def _paste_distractors(canvas: torch.Tensor, shards: Shards, rng: random.Random) -> None:
+    """Up to three rectangles without a face: a picture on a margin is no face, whatever its colour."""
+    size = canvas.shape[-1]
+    for _ in range(rng.randrange(4)):
+        width, height = (rng.randint(size // 8, size) for _ in range(2))
+        left, top = rng.randint(0, size - width), rng.randint(0, size - height)
+        canvas[:, top:top + height, left:left + width] = _backdrop(shards, size, rng)[:, :height, :width]
+
+
 def _offset(side: int, edge: int, low: float, high: float, rng: random.Random) -> int:
     """Where a picture of `edge` px begins so that its face, from `low` to `high`, mostly lies in `side` px."""
     slack = 0.1 * (high - low)
@@ -132,6 +141,7 @@ def draw_canvas(shards: Shards, size: int, rng: random.Random) -> Canvas:
     split = 0 if rng.random() < EMPTY_SHARE else rng.choices((1, 2, 3), (0.65, 0.2, 0.15))[0]
     cells = [(column * size // split, row * size // split, size // split)
              for row in range(split) for column in range(split)]
+    _paste_distractors(canvas, shards, rng)
     faces = [_paste(canvas, cell, shards, rng) for cell in rng.sample(cells, min(len(cells), rng.randint(1, 4)))]
     boxes = torch.stack([face[0] for face in faces]) if faces else torch.zeros(0, 4)
     points = torch.stack([face[1] for face in faces]) if faces else torch.zeros(0, 5, 2)
