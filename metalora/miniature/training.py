@@ -162,7 +162,13 @@ class Trainer:
 
         `watch` is called every `tasks_every` seconds with the averaged weights in place, for figures and previews.
         """
-        torch.set_flush_denormal(True)
+        torch.set_flush_denormal(True)  # tiny moments of the optimizer are slow numbers; the setting is the process's
+        try:
+            return self._run(loss, watch)
+        finally:
+            torch.set_flush_denormal(False)
+
+    def _run(self, loss: Callable[[torch.Generator], torch.Tensor], watch: Callable[["Trainer"], None] | None) -> TrainingResult:
         self.module.train()
         begun = printed = saved = watched = time.monotonic()
         printed_step, before = self.step, self.seconds
