@@ -129,9 +129,9 @@ def test_a_sample_person_from_the_first_click_to_the_files(visit, tmp_path):
     page.locator("#samples button").nth(number).click()
     page.wait_for_selector("#photo img")
     page.wait_for_selector(f"#domain input[value='{SAMPLES[number].domain}']:checked")
-    set_steps(page, 100)
+    set_steps(page, 40)
     page.click("#learn")
-    page.wait_for_function("/step \\d+ of 100 · loss [\\d.]+ · [\\d.]+ it\\/s · .+ left/.test(document.querySelector('#card').innerText)")
+    page.wait_for_function("/step \\d+ of 40 · loss [\\d.]+ · [\\d.]+ it\\/s · .+ left/.test(document.querySelector('#card').innerText)")
     page.wait_for_selector(".learning.done")
     assert page.locator("#card .frame img").count() == 1  # the likeness came while it learnt
 
@@ -146,7 +146,7 @@ def test_a_sample_person_from_the_first_click_to_the_files(visit, tmp_path):
     assert made.format == "PNG" and made.info["AI-generated"] == "true"
 
     identity = download(page, "#get-identity", tmp_path)
-    assert Identity.load(identity).domain == SAMPLES[number].domain and Identity.load(identity).steps == 100
+    assert Identity.load(identity).domain == SAMPLES[number].domain and Identity.load(identity).steps == 40
     assert all(key.startswith("transformer.") for key in load_file(download(page, "#get-diffusers", tmp_path)))
     assert all(key.startswith("lora_unet_") for key in load_file(download(page, "#get-kohya", tmp_path)))
 
