@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import metalora  # noqa: F401  before torch: it sets how threads wait
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,3 +92,15 @@ def run(generator):
             seen.append(next(generator))
         except StopIteration as end:
             return seen, end.value
+
+
+def two_processes(folder: Path, code: str, *arguments: str) -> list[list[str]]:
+    """Runs `code` in two processes of torchrun, of one thread each, and returns the words that each printed."""
+    script = folder / "process.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *arguments],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]

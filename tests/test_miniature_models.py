@@ -30,10 +30,10 @@ from metalora.miniature.facepack import separation
 from metalora.miniature.people import HELD_OUT, person, scene
 from metalora.miniature.pipeline import build_pipeline, clip_tokenizer, save_pipeline, t5_tokenizer
 from metalora.miniature.shards import draw_captioned, load_shards
-from metalora.miniature.training import Job, Trainer, TrainingConfig
+from metalora.miniature.training import Job, Optimizer, Trainer, TrainingConfig
 from metalora.miniature.vae import random_crops, train_vae, vae_loss
 from metalora.prompts import Captioner
-from tests.conftest import TINY, state_hash
+from tests.conftest import TINY, state_hash, two_processes
 
 SIZE = 64
 TOY = replace(TINY, size=SIZE)
@@ -190,6 +190,42 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, data: Pat
     assert resumed.step == 3
     assert resumed.run(loss_that_dies_at(-1, resumed)).loss == result.loss
     assert state_hash(resumed.module) == state_hash(whole.module) != start
+
+
+PROCESS = """
+import sys, torch
+from pathlib import Path
+from metalora.miniature.training import Trainer, TrainingConfig
+torch.manual_seed(0)
+module = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 16))
+trainer = Trainer("toy", module, Path(sys.argv[1]), TrainingConfig(learning_rate=0.01, batch_size=4, steps=5))
+seen = []
+def loss(generator):
+    seen.append(torch.randn(4, 16, generator=generator))
+    return (module(seen[-1]) - 1).square().mean()
+result = trainer.run(loss)
+print(torch.stack(seen).sum().item(), result.samples, sum(p.sum() for p in module.parameters()).item(), flush=True)
+"""
+
+
+def test_several_processes_train_one_model(tmp_path: Path):
+    """Each on its own batches; they end with the same weights, and one of them has written the checkpoint."""
+    one, other = two_processes(tmp_path, PROCESS, str(tmp_path / "toy"))
+    assert one[0] != other[0] and one[1:] == other[1:] and one[1] == "40"
+    assert (tmp_path / "toy" / "checkpoint.pt").exists()
+
+
+def test_muon_moves_the_matrices_and_adamw_the_rest():
+    module = torch.nn.Sequential(torch.nn.Embedding(20, 32), torch.nn.Linear(32, 48), torch.nn.LayerNorm(48), torch.nn.Linear(48, 2))
+    before = [p.detach().clone() for p in module.parameters()]
+    optimizer = Optimizer(module, TrainingConfig(learning_rate=0.01, batch_size=1, weight_decay=0.0))
+    module(torch.arange(20)).square().sum().backward()
+    optimizer.step(0.01)
+    steps = [p.detach() - old for p, old in zip(module.parameters(), before, strict=True)]
+    values = torch.linalg.svdvals(steps[1])  # an update of Muon's has singular values near one another
+    assert values[15] > 0.5 * values[0] and len(optimizer.muon.param_groups[0]["params"]) == 1
+    assert all(0 < step.abs().max() < 0.0101 for index, step in enumerate(steps) if index != 1)
+    assert all(p.grad is None for p in module.parameters())
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_a_sentence(tmp_path: Path):

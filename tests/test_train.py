@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +19,7 @@ from metalora.config import AdaptConfig, FlowConfig, MetaConfig
 from metalora.meta import _members, bucket_of_photos, meta_train
 from metalora.train import Clock, draw_rows, fit, flow_loss, optimizer
 
-from .conftest import make_meta_down, run, state_hash
+from .conftest import make_meta_down, run, state_hash, two_processes
 
 META = MetaConfig(rounds=3, bucket_size=2, bucket_steps=4, warmup_steps=2, batch_size=3, learning_rate=0.05, down_learning_rate=0.05)
 
@@ -227,19 +223,9 @@ while True:
 """
 
 
-def test_several_processes_share_one_down(tiny_base):
+def test_several_processes_share_one_down(tiny_base, tmp_path):
     """Each sees its own bucket, so their losses differ, and all end with the same Down."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    common |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_TORCH_DISTRIBUTED_BACKEND": "gloo"}
-    started = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(tiny_base)], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True,
-                         env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]  # fmt: skip
-    (loss, down), (other_loss, other_down) = (p.communicate(timeout=120)[0].split() for p in started)
+    (loss, down), (other_loss, other_down) = two_processes(tmp_path, PROCESS, str(tiny_base))
     assert down == other_down and loss != other_loss
 
 

@@ -2,6 +2,8 @@
 
 Order: render, vae, clip, base, base --distill-guidance, face-detector, face-recogniser, assemble, meta-down, dataset. Each
 training takes a time budget, can be killed and started again with the same command, and leaves its files in WORK/NAME.
+With `torchrun --nproc-per-node N -m metalora.miniature …` N processes train together; on a CPU, as many as it has cores and
+with `--threads 1`, for that is faster than one process of many threads.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from metalora.errors import MetaLoraError
 from metalora.miniature.pipeline import MiniatureConfig
@@ -73,7 +76,9 @@ def _run(argv: list[str]) -> None:
 
         print(json.dumps(assemble(arguments.work, arguments.output)))
     else:
-        print(json.dumps(_train(arguments)))
+        figures = _train(arguments)
+        if PartialState(cpu=True).is_main_process:
+            print(json.dumps(figures))
 
 
 def main(argv: list[str] | None = None) -> int:

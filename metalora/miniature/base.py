@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors import safe_open
@@ -272,15 +273,16 @@ def train_base(job: Job, distill: bool = False, compiled: bool = True) -> dict:
     training, validation = load_shards(*job.data).split()
     pipeline = trained_base(job) if distill else _pipeline(job)
     folder = job.work / name
-    latents = cached_latents(pipeline.vae, training, job.work / "latents.safetensors")
+    with PartialState(cpu=True).main_process_first():
+        latents = cached_latents(pipeline.vae, training, job.work / "latents.safetensors")
     unseen = encode_shards(pipeline.vae, validation)
     denoiser = Denoiser(pipeline, job.model.max_sequence_length)
-    rate = {"learning_rate": 3e-4} if distill else {"learning_rate": 1e-3}
-    config = job.training(**rate, batch_size=32, anneal_from=0.3, warmup_steps=300, ema=0.999, weight_decay=0.01)
+    config = job.training(learning_rate=1e-3 if distill else 4e-3, batch_size=32, anneal_from=0.3, warmup_steps=100, tasks_every=600.0)
     if distill:
         teacher = Denoiser(trained_base(job), job.model.max_sequence_length).requires_grad_(False)
         task = GuidanceTask(denoiser, teacher, training, latents, config.batch_size)
     else:
+        torch.manual_seed(job.seed)
         initialise(pipeline.transformer)
         task = FlowTask(denoiser, training, latents, config.batch_size)
     if compiled:
@@ -291,7 +293,8 @@ def train_base(job: Job, distill: bool = False, compiled: bool = True) -> dict:
     watch = _watcher(denoiser, job, folder, lambda: validation_loss(denoiser, validation, unseen),
                      (1.0, 2.5) if distill else (1.0,))
     result = trainer.run(task.loss, watch)
-    watch(trainer)
+    if trainer.is_first:
+        watch(trainer)
     with torch.compiler.set_stance("force_eager"):
         figures = job.figures(result, config) | {
             "validation_loss": round(validation_loss(denoiser, validation, unseen), 4),

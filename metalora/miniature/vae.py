@@ -99,7 +99,7 @@ def train_vae(job: Job) -> dict:
     training, validation = load_shards(*job.data).split()
     torch.manual_seed(job.seed)
     vae = build_vae(job.model)
-    config = job.training(learning_rate=2e-3, batch_size=16, anneal_from=0.2, ema=0.995, warmup_steps=50)
+    config = job.training(learning_rate=4e-3, batch_size=8, anneal_from=0.2, ema=0.995, warmup_steps=50)
     trainer = Trainer("vae", vae, job.work / "vae", config)
     sample = _spread(validation)
     crop = min(CROP, job.model.size)
