@@ -229,7 +229,7 @@ def train_detector(job: Job) -> dict:
     training, validation = load_shards(*job.data).split()
     torch.manual_seed(job.seed)
     detector, folder = Detector(), job.work / "face-detector"
-    config = job.training(learning_rate=2e-3, batch_size=32, ema=0.99, clip_norm=5.0)
+    config = job.training(learning_rate=3e-3, batch_size=32, ema=0.99, clip_norm=5.0)
     trainer = Trainer("face-detector", detector, folder, config)
 
     def loss(generator: torch.Generator) -> torch.Tensor:

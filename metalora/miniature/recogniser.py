@@ -172,7 +172,7 @@ def train_recogniser(job: Job) -> dict:
     training, validation = load_shards(*job.data).split()
     torch.manual_seed(job.seed)
     naming, folder = Naming(len(training.persons.unique())), job.work / "face-recogniser"
-    config = job.training(learning_rate=2e-3, batch_size=64, weight_decay=0.05, ema=0.995, clip_norm=5.0)
+    config = job.training(learning_rate=4e-3, batch_size=64, weight_decay=0.05, ema=0.995, clip_norm=5.0)
     task = NamingTask(naming, training, config.batch_size)
     trainer = Trainer("face-recogniser", naming, folder, config)
     result = trainer.run(lambda generator: task.loss(generator, trainer.progress))

@@ -99,7 +99,9 @@ def _command_line(arguments: list[str]) -> str:
     """The command as a model card shows it: with names for the folders of the machine that ran it."""
     names = {"--data": "DATA", "--work": "WORK"}
     shown = [names.get(before, argument) for before, argument in zip(["", *arguments], arguments, strict=False)]
-    return shlex.join(["python", "-m", "metalora.miniature", *shown])
+    processes = PartialState(cpu=True).num_processes
+    launcher = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
+    return shlex.join([*launcher, "-m", "metalora.miniature", *shown])
 
 
 class Averages:
