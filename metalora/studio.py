@@ -138,6 +138,13 @@ class Studio:
         """The faces of a picture. MetaLoraError where it shows none."""
         return self.personalizer.finder.detect(image)
 
+    def portrait(self, photo: Any, face: int | None) -> Image.Image:
+        """What the learning card shows: the photo, or of several faces the one that was chosen."""
+        from .face import crop
+
+        image = self.open_photo(photo)
+        return image if face is None else crop(image, self.personalizer.pick(image, face), self.settings.resolution)
+
     def learn(
         self, photo: Any, domain: str, *, face: int | None, steps: int, seed: int, held_out: Sequence[Any], stop: StopFlag, preview_every: int
     ) -> Generator[StepReport, None, Learnt]:

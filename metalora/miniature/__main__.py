@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--steps", type=int, help="a budget of steps instead")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--threads", type=int, default=2)
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (%(default)s)")
         command.add_argument("--learning-rate", type=float)
         command.add_argument("--batch-size", type=int)
         command.add_argument("--config", type=json.loads, default={}, metavar="JSON",
@@ -59,7 +60,7 @@ def _train(arguments: argparse.Namespace) -> dict:
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.config.items()}
     job = Job(data=tuple(arguments.data), work=arguments.work, minutes=arguments.minutes, seed=arguments.seed,
               threads=arguments.threads, steps=arguments.steps, learning_rate=arguments.learning_rate,
-              batch_size=arguments.batch_size, model=MiniatureConfig(**sizes))
+              batch_size=arguments.batch_size, device=arguments.device, model=MiniatureConfig(**sizes))
     module, function = TRAININGS[arguments.command]
     train = getattr(importlib.import_module(f"metalora.miniature.{module}"), function)
     more = {"distill": True} if getattr(arguments, "distill_guidance", False) else {}

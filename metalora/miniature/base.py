@@ -5,10 +5,11 @@ quickest as plain products, and the blocks are compiled with bfloat16 products i
 many samples a second on a CPU as eager float32. Weights, loss and averages stay in float32.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ class Latents:
     """Means and deviations of the VAE's posterior, scaled as the transformer sees them, of pictures and their mirrors.
 
     Args:
-        mean, deviation: (2, n, channels, h, w) float16; the first axis is as drawn, mirrored.
+        mean, deviation: (2, n, channels, h, w) float16 on the CPU; the first axis is as drawn, mirrored.
     """
 
     mean: torch.Tensor
@@ -74,7 +75,7 @@ def encode_shards(vae: AutoencoderKL, shards: Shards) -> Latents:
 
 def cached_latents(vae: AutoencoderKL, shards: Shards, path: Path) -> Latents:
     """The latents from `path` if they are of this VAE and these pictures, else encoded and written there."""
-    digest = hashlib.sha256(vae.encoder.conv_in.weight.detach().numpy().tobytes())
+    digest = hashlib.sha256(vae.encoder.conv_in.weight.detach().cpu().numpy().tobytes())
     digest.update(shards.images[:: max(1, len(shards) // 64)].numpy().tobytes())
     key = f"{len(shards)}-{digest.hexdigest()}"
     if path.exists():
@@ -115,27 +116,32 @@ class Denoiser(nn.Module):
     def pipeline(self) -> FluxPipeline:
         return self._pipeline[0]
 
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
     def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """T5 states (n, length, width) with gradients and the CLIP tower's pooled states (n, width) without."""
         ids = self.pipeline.tokenizer_2(captions, padding="max_length", truncation=True, max_length=self.length,
-                                        return_tensors="pt").input_ids
+                                        return_tensors="pt").input_ids.to(self.device)
         clip_ids = self.pipeline.tokenizer(captions, padding="longest", truncation=True, return_tensors="pt",
                                            max_length=self.pipeline.tokenizer_max_length).input_ids
         with torch.no_grad():
-            pooled = self.pipeline.text_encoder(clip_ids).pooler_output
+            pooled = self.pipeline.text_encoder(clip_ids.to(self.device)).pooler_output
         return self.t5(ids).last_hidden_state, pooled
 
     def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, text: tuple[torch.Tensor, torch.Tensor],
                  guidance: torch.Tensor) -> torch.Tensor:
-        """Predicted n - x: (n, channels, h, w) for sigma (n,) and guidance (n,)."""
+        """Predicted n - x: (n, channels, h, w) for sigma (n,) and guidance (n,), on their device."""
+        here, (noisy, sigma, guidance) = noisy.device, (t.to(self.device) for t in (noisy, sigma, guidance))
         n, channels, height, width = noisy.shape
         packed = FluxPipeline._pack_latents(noisy, n, channels, height, width)
-        ids = FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, "cpu", torch.float32)
+        ids = FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, self.device, torch.float32)
         output = self.transformer(
             hidden_states=packed, timestep=sigma, guidance=guidance, encoder_hidden_states=text[0],
-            pooled_projections=text[1], txt_ids=torch.zeros(self.length, 3), img_ids=ids, return_dict=False)[0]
+            pooled_projections=text[1], txt_ids=torch.zeros(self.length, 3, device=self.device), img_ids=ids, return_dict=False)[0]
         grid = output.float().view(n, height // 2, width // 2, channels, 2, 2)
-        return grid.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
+        return grid.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape).to(here)
 
 
 def noised(x: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -144,6 +150,13 @@ def noised(x: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, t
     noise = torch.randn(x.shape, generator=generator)
     weight = sigma.view(-1, 1, 1, 1)
     return (1 - weight) * x + weight * noise, noise, sigma
+
+
+@contextlib.contextmanager
+def small_products(device: torch.device) -> Iterator[None]:
+    """bfloat16 products; attention over some seventy tokens is quickest as plain ones."""
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +172,7 @@ class FlowTask:
         batch = draw_captioned(self.shards.records, self.batch_size, generator, TRIGGER_SHARE, DROPPED_SHARE)
         x = self.latents.draw(batch, generator)
         noisy, noise, sigma = noised(x, generator)
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+        with small_products(self.denoiser.device):
             text = self.denoiser.encode(batch.captions)
             velocity = self.denoiser.velocity(noisy, sigma, text, torch.ones_like(sigma))
         return (velocity - (noise - x)).square().mean()
@@ -190,7 +203,7 @@ class GuidanceTask:
         guidance = low + (high - low) * torch.rand(len(x), generator=generator)
         guidance[:true_rows] = 1.0
         target = noise - x
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+        with small_products(self.denoiser.device):
             target[true_rows:] = self._guided(noisy, sigma, captions, guidance)[true_rows:]
             velocity = self.denoiser.velocity(noisy, sigma, self.denoiser.encode(captions), guidance)
         return (velocity - target).square().mean()
@@ -257,7 +270,7 @@ def _pipeline(job: Job) -> FluxPipeline:
     pipeline.text_encoder.load_state_dict(trained_clip(job).text_model.state_dict())
     pipeline.text_encoder.requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(job.device)
 
 
 def trained_base(job: Job, name: str = "base") -> FluxPipeline:

@@ -57,8 +57,8 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> torch.T
 
 def contrast(clip: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit features of pictures and captions: 2 x (n, projection)."""
-    pictures = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
-    captions = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
+    pictures = clip.visual_projection(clip.vision_model(pixel_values=pixels.to(clip.device)).pooler_output)
+    captions = clip.text_projection(clip.text_model(input_ids=ids.to(clip.device)).pooler_output)
     return F.normalize(pictures.float(), dim=-1), F.normalize(captions.float(), dim=-1)
 
 
@@ -80,7 +80,7 @@ class ClipTask:
         pictures, captions = contrast(self.clip, softened(images, generator), ids)
         scale = self.clip.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         logits = scale * pictures @ captions.T  # (n, n)
-        right = torch.arange(len(logits))
+        right = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ def train_clip(job: Job) -> dict:
     training, validation = load_shards(*job.data).split()
     torch.manual_seed(job.seed)
     tokenizer = clip_tokenizer(vocabulary(), job.model.clip_tokens)
-    clip = build_clip(job.model, tokenizer)
+    clip = build_clip(job.model, tokenizer).to(job.device)
     config = job.training(learning_rate=1e-3, batch_size=64, weight_decay=0.05, ema=0.995)
     task = ClipTask(clip, tokenizer, training, config.batch_size, job.model.clip_tokens)
     trainer = Trainer("clip", clip, job.work / "clip", config)

@@ -173,8 +173,9 @@ def box_overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def detector_loss(detector: Detector, images: torch.Tensor, canvases: list[Canvas]) -> torch.Tensor:
     """Focal loss of the scores, overlap of the boxes, distance of the keypoints in box sizes."""
-    total, positives = images.new_zeros(()), 0
+    total, positives = torch.zeros(()), 0
     for level, (scores, boxes, points) in enumerate(detector.levels(images)):
+        scores, boxes, points = scores.cpu(), boxes.cpu(), points.cpu()  # where the targets are made
         stride = STRIDES[level]
         assigned = [assign(canvas, level) for canvas in canvases]
         faces = torch.stack([face for face, _ in assigned]).repeat_interleave(ANCHORS, dim=1)  # (n, cells * 2)
@@ -228,7 +229,7 @@ def train_detector(job: Job) -> dict:
     """Trains the detector and writes work/face-detector with det.onnx; checked on unseen people through InsightFace."""
     training, validation = load_shards(*job.data).split()
     torch.manual_seed(job.seed)
-    detector, folder = Detector(), job.work / "face-detector"
+    detector, folder = Detector().to(job.device), job.work / "face-detector"
     config = job.training(learning_rate=3e-3, batch_size=32, ema=0.99, clip_norm=5.0)
     trainer = Trainer("face-detector", detector, folder, config)
 
@@ -237,10 +238,10 @@ def train_detector(job: Job) -> dict:
         size = rng.choice(CANVASES)
         canvases = [draw_canvas(training, size, rng) for _ in range(config.batch_size)]
         images = disturbed(torch.stack([canvas.image for canvas in canvases]).float(), generator)
-        return detector_loss(detector, images, canvases)
+        return detector_loss(detector, images.to(job.device), canvases)
 
     result = trainer.run(loss)
-    export_detector(detector, folder)
+    export_detector(detector.cpu(), folder)
     figures = job.figures(result, config) | check_detector(folder, validation, job.model.size)
     write_result(folder, detector, figures)
     return figures

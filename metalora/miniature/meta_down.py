@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the Meta-Down")
     parser.add_argument("--config", type=json.loads, default={}, metavar="JSON", help='such as \'{"rounds": 40}\'')
     arguments = parser.parse_args(argv)
-    base = Base.open(arguments.base, "cpu")
+    base = Base.open(arguments.base)
     config = overlay(base.settings.meta, arguments.config)
     training, _ = load_shards(*arguments.data).split()
     data = training_set(base, training, arguments.domain)

@@ -74,9 +74,11 @@ class Naming(nn.Module):
 
     def loss(self, halves: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
         """CosFace: the right person's cosine must lead by `margin`. Convolutions in bfloat16, cosines in float32."""
-        with torch.autocast("cpu", torch.bfloat16):
-            embeddings = self.recogniser.embed(halves)
+        device = self.directions.device
+        with torch.autocast(device.type, torch.bfloat16):
+            embeddings = self.recogniser.embed(halves.to(device))
         cosines = F.normalize(embeddings.float()) @ F.normalize(self.directions).T  # (n, people)
+        labels = labels.to(device)
         return F.cross_entropy(SCALE * (cosines - margin * F.one_hot(labels, len(self.directions))), labels)
 
 
@@ -171,12 +173,12 @@ def train_recogniser(job: Job) -> dict:
     """
     training, validation = load_shards(*job.data).split()
     torch.manual_seed(job.seed)
-    naming, folder = Naming(len(training.persons.unique())), job.work / "face-recogniser"
+    naming, folder = Naming(len(training.persons.unique())).to(job.device), job.work / "face-recogniser"
     config = job.training(learning_rate=4e-3, batch_size=64, weight_decay=0.05, ema=0.995, clip_norm=5.0)
     task = NamingTask(naming, training, config.batch_size)
     trainer = Trainer("face-recogniser", naming, folder, config)
     result = trainer.run(lambda generator: task.loss(generator, trainer.progress))
-    recogniser = naming.recogniser.eval()
+    recogniser = naming.recogniser.eval().cpu()
     export_recogniser(recogniser, folder)
     figures = job.figures(result, config) | {"people": len(naming.directions), "pictures": len(training)}
     figures["unseen_people"] = check_recogniser(folder, validation)

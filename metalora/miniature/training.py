@@ -58,6 +58,7 @@ class Job:
         data: folders of rendered shards.
         work: folder outside the source tree; a training called NAME keeps all its files in work/NAME.
         model: sizes of the miniature, the same for all trainings of one work folder.
+        device: where the weights lie; batches are drawn on the CPU, the same for every device.
         learning_rate, batch_size: replace a training's own choice where they are not None.
     """
 
@@ -69,6 +70,7 @@ class Job:
     steps: int | None = None
     learning_rate: float | None = None
     batch_size: int | None = None
+    device: str = "cpu"
     model: MiniatureConfig = MiniatureConfig()
 
     def training(self, **defaults: Any) -> TrainingConfig:
@@ -306,7 +308,7 @@ class Trainer:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         try:
             self.module.load_state_dict(state["module"])
         except RuntimeError as error:
@@ -327,7 +329,7 @@ def write_result(folder: Path, weights: nn.Module | dict[str, torch.Tensor], fig
         return
     folder.mkdir(parents=True, exist_ok=True)
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    state = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    state = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     save_file(state, folder / "model.safetensors")
     (folder / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -44,12 +44,13 @@ def edge_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Reconstruction in L1, slopes, and a small KL term; convolutions in bfloat16, the loss in float32."""
-    with torch.autocast("cpu", torch.bfloat16):
+    images = images.to(vae.device)
+    with torch.autocast(vae.device.type, torch.bfloat16):
         moments = vae.encoder(images)
     mean, log_variance = moments.float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
-    latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
-    with torch.autocast("cpu", torch.bfloat16):
+    latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator).to(vae.device)
+    with torch.autocast(vae.device.type, torch.bfloat16):
         output = vae.decoder(latents)
     output = output.float()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
@@ -58,9 +59,9 @@ def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generato
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor, batch: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the latents of uint8 pictures, unscaled: 2 x (n, channels, h / 8, w / 8)."""
-    posteriors = [vae.encode(to_floats(part)).latent_dist for part in images.split(batch)]
-    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+    """Mean and standard deviation of the latents of uint8 pictures, unscaled: 2 x (n, channels, h / 8, w / 8), on the CPU."""
+    posteriors = [vae.encode(to_floats(part).to(vae.device)).latent_dist for part in images.split(batch)]
+    return torch.cat([p.mean.cpu() for p in posteriors]), torch.cat([p.std.cpu() for p in posteriors])
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def psnr(vae: AutoencoderKL, images: torch.Tensor, batch: int = 64) -> float:
     """Peak signal to noise, in dB, of whole pictures through encoder and decoder, from the mean squared error of all."""
     errors = []
     for part in images.split(batch):
-        floats = to_floats(part)
+        floats = to_floats(part).to(vae.device)
         output = vae.decode(vae.encode(floats).latent_dist.mode()).sample.clamp(-1, 1)
         errors.append((output - floats).square().mean(dim=(1, 2, 3)) / 4)  # the range is 2 wide
     return -10 * math.log10(torch.cat(errors).mean().item())
@@ -98,7 +99,7 @@ def train_vae(job: Job) -> dict:
     """Trains the autoencoder and writes work/vae; the figure is PSNR on whole pictures of unseen people."""
     training, validation = load_shards(*job.data).split()
     torch.manual_seed(job.seed)
-    vae = build_vae(job.model)
+    vae = build_vae(job.model).to(job.device)
     config = job.training(learning_rate=4e-3, batch_size=8, anneal_from=0.2, ema=0.995, warmup_steps=50)
     trainer = Trainer("vae", vae, job.work / "vae", config)
     sample = _spread(validation)
