@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,6 +43,7 @@ class Personalizer:
         self.clip = Clip(base.settings.clip)
         self._captioner = Captioner(self.clip, base.settings.caption_phrases)
         self._running: Generator | None = None
+        self._encoded: tuple[Any, cache.TrainingSet] | None = None
 
     @classmethod
     def open(cls, base: str = DEFAULT_BASE, meta_down: str | MetaDown | None = None, device: str | None = None) -> Personalizer:
@@ -145,12 +147,19 @@ class Personalizer:
             return (yield from stage2.adapt(self.base, meta_down, data, config, preview=preview, preview_every=preview_every))
 
     def encode(self, photos: Sequence[Photo], domain: str, config: Any = None, face: int | None = None) -> cache.TrainingSet:
-        """Photos → crops round the face with captions, encoded: what stage 2 trains on."""
+        """Photos → crops round the face with captions, encoded: what stage 2 trains on. The last set is kept for another try."""
+        config = config or self.base.settings.adapt
+        images = [load_photo(photo) for photo in photos]
+        seen = [(image.size, hashlib.sha256(image.tobytes()).digest()) for image in images]
+        key = (seen, domain, face, config.crops, config.margin, config.seed)
+        if self._encoded is None or self._encoded[0] != key:
+            self._encoded = key, self._encode(images, domain, config, face)
+        return self._encoded[1]
+
+    def _encode(self, images: Sequence[Image.Image], domain: str, config: Any, face: int | None) -> cache.TrainingSet:
         settings = self.base.settings
-        config = config or settings.adapt
         crops, captions = [], []
-        for number, photo in enumerate(photos):
-            image = load_photo(photo)
+        for number, image in enumerate(images):
             found = self.pick(image, face)
             cut = stage2.crops(image, found.box, settings.train_resolution, config, config.seed + number)
             crops += cut

@@ -196,6 +196,17 @@ def test_photo_to_identity_to_pictures(personalizer, snapshot, tmp_path):
     assert personalizer.export(identity, tmp_path / "k.safetensors", format="kohya").is_file()
 
 
+def test_a_photo_is_encoded_once(personalizer, snapshot):
+    config = personalizer.base.settings.adapt
+    first = personalizer.encode([snapshot], "woman", config)
+    assert personalizer.encode([snapshot.copy()], "woman", replace(config, steps=9)) is first
+    for photos, seed in (([snapshot.rotate(180)], 0), ([snapshot], 1), ([snapshot, snapshot], 0), ([snapshot.resize((40, 32))], 0)):
+        other = personalizer.encode(photos, "woman", replace(config, seed=seed))
+        assert other is not first
+    again = personalizer.encode([snapshot], "woman", config)
+    assert again is not first and torch.equal(again.mean, first.mean)
+
+
 def test_cancelling_keeps_nothing(personalizer, snapshot):
     unload_people(personalizer.base)
     before = state_hash(personalizer.base.transformer)
