@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from .adapter import Adapter, attach, attach_plain, trainable
 from .base import Base
 from .cache import TrainingSet, mirrored
 from .config import AdaptConfig, AdapterConfig
-from .identity import Identity, diffusers_names, make_identity
+from .identity import Identity
 from .metadown import MetaDown
 from .train import Clock, StepReport, fit, optimizer, warmup
 
@@ -65,17 +65,32 @@ def adapt(
     with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter, base.resident("transformer"):
         adapter.start(generator)
         yield from _steps(base, adapter, data, config, generator, preview, preview_every)
-        factors = adapter.factors()
-    noun, trigger = meta_down.domain, base.settings.trigger
-    return make_identity(factors, meta_down, noun=noun, trigger=trigger, steps=config.steps, seed=config.seed)
+        return _identity(base, adapter, config, meta_down.domain, meta_down=meta_down.name, meta_down_sha256=meta_down.sha256)
 
 
-def adapt_plain(base: Base, data: TrainingSet, config: AdaptConfig, shape: AdapterConfig) -> Generator[StepReport, None, dict[str, Tensor]]:
-    """The baseline that needs no stage 1: an ordinary LoRA of rank `shape.rank` on the same layers; returns it under diffusers' names."""
+def adapt_plain(
+    base: Base,
+    shape: AdapterConfig,
+    domain: str,
+    data: TrainingSet,
+    config: AdaptConfig,
+    *,
+    preview: Preview | None = None,
+    preview_every: int = 0,
+) -> Generator[StepReport, None, Identity]:
+    """The same without a stage 1 before it: an ordinary LoRA of rank `shape.rank` on the layers that `shape` names."""
     generator = torch.Generator().manual_seed(config.seed)
     with attach_plain(base.transformer, shape, generator) as adapter, base.resident("transformer"):
-        yield from _steps(base, adapter, data, config, generator)
-        return diffusers_names(adapter.lora())
+        yield from _steps(base, adapter, data, config, generator, preview, preview_every)
+        return _identity(base, adapter, config, domain, meta_down="", meta_down_sha256="", downs=adapter.down_tensors())
+
+
+def _identity(base: Base, adapter: Adapter, config: AdaptConfig, domain: str, **more: Any) -> Identity:
+    shape = adapter.config
+    return Identity(
+        adapter.factors(), base.name, base.fingerprint, rank=shape.rank, meta_rank=shape.meta_rank, scale=shape.scale,
+        domain=domain, noun=domain, trigger=base.settings.trigger, steps=config.steps, seed=config.seed, **more,
+    )  # fmt: skip
 
 
 def _steps(

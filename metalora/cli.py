@@ -96,6 +96,8 @@ def adapt(
     personalizer = _open(base, meta_down)
     for image in others:
         personalizer.pick(image)
+    if personalizer.is_plain:
+        print(f"There is no Meta-Down for {personalizer.base.name}, so the {domain} is learnt as an ordinary LoRA, which takes more steps; make one with meta-train, or give one with --meta-down.", file=sys.stderr)
     start = time.perf_counter()
     with Line() as line:
         identity = personalizer.adapt(images, domain, steps, seed, face=face, on_step=line.step)

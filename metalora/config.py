@@ -88,6 +88,8 @@ class BaseSettings:
     trigger: str = "sks"
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    plain_rank: int = 16  # of the ordinary LoRA that a person becomes where there is no Meta-Down for the base
+    plain: AdaptConfig = AdaptConfig(steps=1000, learning_rate=2e-4)  # its training: more numbers, so more and smaller steps
     meta: MetaConfig = field(default_factory=MetaConfig)
     face_pack: str = "buffalo_l"  # folder, or a name that InsightFace knows
     clip: str = "openai/clip-vit-large-patch14"

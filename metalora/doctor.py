@@ -33,7 +33,8 @@ def examine(base: str, meta_down: str | None) -> dict[str, Any]:
     for domain, place in places.items():
         _look(parts, f"Meta-Down {domain}".strip(), lambda: _meta_down(place, domain, folder))
     if not places:
-        parts["Meta-Down"] = {"ok": False, "says": f"The catalogue names none for {base}; make one with meta-train, or give one with --meta-down."}
+        plain = f"people are learnt as ordinary LoRAs of rank {settings.plain_rank} in {settings.plain.steps} steps"
+        parts["Meta-Down"] = {"ok": True, "says": f"none for {base}, so {plain}; make one with meta-train, or give one with --meta-down"}
     _look(parts, "face pack", lambda: _face_pack(settings))
     _look(parts, "CLIP", lambda: _clip(settings.clip))
     return {

@@ -18,9 +18,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from safetensors.torch import save as save_bytes
 
-from .adapt import adapt_plain
 from .data import METADATA, Dataset, Subject, load_dataset
 from .errors import MetaLoraError
 from .files import save_json, write_atomically
@@ -189,11 +187,7 @@ class Bench:
         p = self.personalizer
         if method.kind == "meta-lora":
             return p.person((yield from _shares(p.adapt_steps(photos, domain, config.steps, config.seed), share)))
-        unload_people(p.base)
-        shape = replace(p.base.settings.adapter, rank=method.rank)
-        with plain_faults():
-            lora = yield from _shares(adapt_plain(p.base, p.encode(photos, domain, config), config, shape), share)
-        return Person(lora, f"{p.base.settings.trigger} {domain}", hashlib.sha256(save_bytes(lora)).hexdigest())
+        return p.person((yield from _shares(p.adapt_plain_steps(photos, domain, method.rank, config), share)))
 
     def _pictures(self, person: Someone, learnt: Person | None) -> Iterator[Image.Image]:
         """A picture a prompt. Noise differs from person to person and is the same for all methods."""

@@ -72,12 +72,13 @@ class Handlers:
         except MetaLoraError as error:
             return [cards.status(str(error), "fault"), *[gr.skip()] * 7]
         base, s = personalizer.base, personalizer.base.settings
-        domains = personalizer.domains
         text = f"{base.name} · {s.resolution}×{s.resolution} px · {base.device} · ready"
+        if personalizer.is_plain:
+            text += f"; without a Meta-Down people are learnt as ordinary LoRAs of rank {s.plain_rank}"
         return [
-            cards.status(text if domains else f"{base.name} is open, but there is no Meta-Down for it; start the app with --meta-down.", "ready" if domains else "fault"),
-            gr.Radio(choices=domains or ["woman", "man"]),
-            gr.Slider(value=s.adapt.steps),
+            cards.status(text),
+            gr.Radio(choices=personalizer.domains or ["woman", "man"]),
+            gr.Slider(value=personalizer.adapt_config.steps),
             gr.Dropdown(choices=sizes(s.resolution, 2 * base.pipeline.vae_scale_factor), value=f"{s.resolution}x{s.resolution}"),
             gr.Slider(value=s.inference_steps),
             gr.Slider(value=s.guidance),

@@ -1,10 +1,13 @@
-"""One person, as Mid and Up of every layer: the identity file, and its export as an ordinary LoRA."""
+"""One person, as Mid and Up of every layer: the identity file, and its export as an ordinary LoRA.
+
+Where a base has no Meta-Down, a person is an ordinary LoRA from the start: the same three factors with a Down of their own.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -30,7 +33,7 @@ class Identity:
     factors: Factors  # layer name → Mid (r, r_m), Up (d_out, r), float32
     base: str
     base_fingerprint: str
-    meta_down: str  # name of the Meta-Down
+    meta_down: str  # name of the Meta-Down; empty for an ordinary LoRA
     meta_down_sha256: str
     rank: int
     meta_rank: int
@@ -41,6 +44,7 @@ class Identity:
     steps: int
     seed: int
     format_version: int = FORMAT_VERSION
+    downs: dict[str, Tensor] = field(default_factory=dict)  # layer name → Down (r_m, d_in) of an ordinary LoRA; else none
 
     @cached_property
     def sha256(self) -> str:
@@ -64,7 +68,8 @@ class Identity:
                 raise MetaLoraError(f"{Path(path).name} was made by a newer Meta-LoRA; update this one.")
             names = [key.removesuffix(".mid") for key in tensors if key.endswith(".mid")]
             factors = {name: (tensors[f"{name}.mid"], tensors[f"{name}.up"]) for name in names}
-            identity = cls(factors, **header)
+            downs = {key.removesuffix(".down"): tensors[key] for key in tensors if key.endswith(".down")}
+            identity = cls(factors, **header, downs=downs)
             identity._check()
         except (KeyError, TypeError, ValueError) as error:
             raise MetaLoraError(f"{Path(path).name} is not an identity file of Meta-LoRA, or it is damaged.") from error
@@ -83,6 +88,11 @@ class Identity:
                 f"({base_fingerprint[:8]}); open {self.base} or adapt again."
             )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is an ordinary LoRA, which belongs to no Meta-Down."""
+        return bool(self.downs)
+
     def check_meta_down(self, meta_down: MetaDown) -> None:
         """Raise MetaLoraError, with both names, where the Meta-Down is another than this identity was made with."""
         if meta_down.sha256 != self.meta_down_sha256:
@@ -91,14 +101,14 @@ class Identity:
                 f"{meta_down.name} ({meta_down.sha256[:8]}); use the former or adapt again."
             )
 
-    def to_lora(self, meta_down: MetaDown) -> dict[str, Tensor]:
+    def to_lora(self, meta_down: MetaDown | None) -> dict[str, Tensor]:
         """The ordinary LoRA of rank r under diffusers' names, the scale folded into B: exact, and needs nothing of ours."""
-        self.check_meta_down(meta_down)
-        return diffusers_names(
-            {n: collapse(mid, up, meta_down.tensors[n].float(), self.scale) for n, (mid, up) in self.factors.items()}
-        )
+        if not self.is_plain:
+            self.check_meta_down(meta_down)
+        downs = self.downs or meta_down.tensors
+        return diffusers_names({n: collapse(mid, up, downs[n].float(), self.scale) for n, (mid, up) in self.factors.items()})
 
-    def export(self, path: str | Path, meta_down: MetaDown, format: ExportFormat = "diffusers") -> Path:
+    def export(self, path: str | Path, meta_down: MetaDown | None, format: ExportFormat = "diffusers") -> Path:
         """Write the ordinary LoRA: "diffusers" names for diffusers and ComfyUI, "kohya" names for kohya and its followers."""
         lora = self.to_lora(meta_down)
         if format == "kohya":
@@ -108,10 +118,11 @@ class Identity:
         return save_tensors(path, lora, {"format": "pt"})
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {f"{n}.{part}": t.contiguous() for n, pair in self.factors.items() for part, t in zip(("mid", "up"), pair)}
+        tensors = {f"{n}.{part}": t for n, pair in self.factors.items() for part, t in zip(("mid", "up"), pair)}
+        return {key: t.contiguous() for key, t in (tensors | {f"{n}.down": t for n, t in self.downs.items()}).items()}
 
     def _header(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key in self.__dataclass_fields__ and key != "factors"}
+        return {key: value for key, value in self.__dict__.items() if key in self.__dataclass_fields__ and key not in ("factors", "downs")}
 
     def _check(self) -> None:
         for mid, up in self.factors.values():
@@ -121,15 +132,8 @@ class Identity:
                 raise ValueError("a factor is not finite")
         if not self.factors:
             raise ValueError("no layer")
-
-
-def make_identity(factors: Factors, meta_down: MetaDown, *, noun: str, trigger: str, steps: int, seed: int) -> Identity:
-    """An identity that belongs to `meta_down`."""
-    shape = meta_down.adapter
-    return Identity(
-        factors, meta_down.base, meta_down.base_fingerprint, meta_down.name, meta_down.sha256,
-        shape.rank, shape.meta_rank, shape.scale, meta_down.domain, noun, trigger, steps, seed,
-    )  # fmt: skip
+        if self.downs and {n: t.shape[0] for n, t in self.downs.items()} != dict.fromkeys(self.factors, self.meta_rank):
+            raise ValueError("the Downs are not those of the layers")
 
 
 def diffusers_names(lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from . import adapt as stage2
 from . import cache, hub
 from .base import Base
 from .clip import Clip
-from .config import DEFAULT_BASE
+from .config import DEFAULT_BASE, AdaptConfig
 from .errors import MetaLoraError
 from .generate import GenerateConfig, Person, generate, render, unload_people
 from .identity import ExportFormat, Identity
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .face import Face, FaceFinder
 
 Photo = Any  # a path, bytes, a PIL image or an array
+Method = Callable[..., Generator[StepReport, None, Identity]]  # (data, config, preview=..., preview_every=...)
 PREVIEW_STEPS = 10  # denoising steps of a preview, at most
 
 
@@ -58,8 +60,18 @@ class Personalizer:
         return personalizer
 
     @property
+    def is_plain(self) -> bool:
+        """Whether there is no Meta-Down for this base at all, so that people are learnt as ordinary LoRAs."""
+        return self._given is None and not hub.meta_down_places(self.base.name)
+
+    @property
+    def adapt_config(self) -> AdaptConfig:
+        """How people are learnt here."""
+        return self.base.settings.plain if self.is_plain else self.base.settings.adapt
+
+    @property
     def domains(self) -> list[str]:
-        """The domains that there is a Meta-Down for."""
+        """The domains that there is a Meta-Down for; none where `is_plain`, and then any noun will do."""
         if self._given is None:
             return list(hub.meta_down_places(self.base.name))
         if isinstance(self._given, MetaDown):
@@ -109,6 +121,7 @@ class Personalizer:
     ) -> Identity:  # fmt: skip
         """Learn a person from one photo or several; `on_step` sees every step and may raise Cancelled to stop.
 
+        For a base without any Meta-Down the person is learnt as an ordinary LoRA, in more steps.
         Raises MetaLoraError where a photo cannot be read, shows no face, or shows several and `face` does not say which.
         """
         run = self.adapt_steps(photos, domain, steps, seed, face=face)
@@ -130,25 +143,40 @@ class Personalizer:
 
         With `preview_every`, every so many steps a report carries a picture of the person so far, always from the same noise.
         """
-        self._finish_other()
-        config = self.base.settings.adapt
+        config = self.adapt_config
         config = replace(config, steps=config.steps if steps is None else steps, seed=seed)
+        if self.is_plain:
+            return self.adapt_plain_steps(photos, domain, self.base.settings.plain_rank, config, face=face, preview_every=preview_every)
+        return self._start(partial(stage2.adapt, self.base, self.meta_down(domain)), photos, domain, config, face, preview_every)
+
+    def adapt_plain_steps(
+        self, photos: Photo | Sequence[Photo], domain: str, rank: int, config: AdaptConfig, *, face: int | None = None, preview_every: int = 0
+    ) -> Generator[StepReport, None, Identity]:
+        """The same as an ordinary LoRA of that rank, for comparison, or for a base without a Meta-Down."""
+        shape = replace(self.base.settings.adapter, rank=rank)
+        return self._start(partial(stage2.adapt_plain, self.base, shape, domain), photos, domain, config, face, preview_every)
+
+    def _start(
+        self, learn: Method, photos: Any, domain: str, config: AdaptConfig, face: int | None, preview_every: int
+    ) -> Generator[StepReport, None, Identity]:
+        self._finish_other()
         if config.steps < 1:
             raise MetaLoraError(f"Steps must be 1 or more, not {config.steps}.")
-        self._running = self._adapt(_listed(photos), domain, config, face, preview_every)
+        self._running = self._adapt(learn, _listed(photos), domain, config, face, preview_every)
         return self._running
 
-    def _adapt(self, photos: list[Photo], domain: str, config: Any, face: int | None, preview_every: int) -> Generator[StepReport, None, Identity]:
-        meta_down = self.meta_down(domain)
+    def _adapt(
+        self, learn: Method, photos: list[Photo], domain: str, config: AdaptConfig, face: int | None, preview_every: int
+    ) -> Generator[StepReport, None, Identity]:
         data = self.encode(photos, domain, config, face)
         preview = self._preview(domain) if preview_every else None
         unload_people(self.base)
         with plain_faults():
-            return (yield from stage2.adapt(self.base, meta_down, data, config, preview=preview, preview_every=preview_every))
+            return (yield from learn(data, config, preview=preview, preview_every=preview_every))
 
-    def encode(self, photos: Sequence[Photo], domain: str, config: Any = None, face: int | None = None) -> cache.TrainingSet:
+    def encode(self, photos: Sequence[Photo], domain: str, config: AdaptConfig | None = None, face: int | None = None) -> cache.TrainingSet:
         """Photos → crops round the face with captions, encoded: what stage 2 trains on. The last set is kept for another try."""
-        config = config or self.base.settings.adapt
+        config = config or self.adapt_config
         images = [load_photo(photo) for photo in photos]
         seen = [(image.size, hashlib.sha256(image.tobytes()).digest()) for image in images]
         key = (seen, domain, face, config.crops, config.margin, config.seed)
@@ -156,7 +184,7 @@ class Personalizer:
             self._encoded = key, self._encode(images, domain, config, face)
         return self._encoded[1]
 
-    def _encode(self, images: Sequence[Image.Image], domain: str, config: Any, face: int | None) -> cache.TrainingSet:
+    def _encode(self, images: Sequence[Image.Image], domain: str, config: AdaptConfig, face: int | None) -> cache.TrainingSet:
         settings = self.base.settings
         crops, captions = [], []
         for number, image in enumerate(images):
@@ -211,12 +239,15 @@ class Personalizer:
     def person(self, identity: Identity, weight: float = 1.0) -> Person:
         """An identity as the ordinary LoRA that generation takes. MetaLoraError where it belongs to another base or Meta-Down."""
         identity.check(self.base.name, self.base.fingerprint)
-        return Person(identity.to_lora(self.meta_down(identity.domain)), identity.prompt_words, identity.sha256, weight)
+        return Person(identity.to_lora(self._meta_down_of(identity)), identity.prompt_words, identity.sha256, weight)
 
     def export(self, identity: Identity, path: str | Path, format: ExportFormat = "diffusers") -> Path:
         """Write the person as an ordinary LoRA file that needs nothing of ours; "diffusers" or "kohya" names."""
         identity.check(self.base.name, self.base.fingerprint)
-        return identity.export(path, self.meta_down(identity.domain), format)
+        return identity.export(path, self._meta_down_of(identity), format)
+
+    def _meta_down_of(self, identity: Identity) -> MetaDown | None:
+        return None if identity.is_plain else self.meta_down(identity.domain)
 
     def _finish_other(self) -> None:
         """End a training that was left between two steps, so that its layers do not stay on the base."""

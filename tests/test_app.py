@@ -245,6 +245,15 @@ def test_a_base_that_cannot_be_had_is_said_on_the_page(tmp_path):
         assert "fault" in status and "no diffusers pipeline" in status
 
 
+def test_without_a_meta_down_the_page_says_how_people_are_learnt(tiny_base, photos):
+    with served("--base", str(tiny_base)) as url:
+        client = Client(url, verbose=False)
+        status, domain, steps, *_ = client.predict(api_name="/status")
+        assert "ready" in status and "ordinary LoRAs of rank 16" in status
+        assert [value for _, value in domain["choices"]] == ["woman", "man"] and steps["value"] == 1000
+        assert Identity.load(files_of(learn(client, photos["ann"]))[0]).is_plain
+
+
 # ---- settings
 
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-from metalora import Cancelled, MetaLoraError, Personalizer
+from metalora import Cancelled, Identity, MetaLoraError, Personalizer
 from metalora import generate as generation
 from metalora.adapter import attach
 from metalora.base import Base
@@ -205,6 +205,25 @@ def test_a_photo_is_encoded_once(personalizer, snapshot):
         assert other is not first
     again = personalizer.encode([snapshot], "woman", config)
     assert again is not first and torch.equal(again.mean, first.mean)
+
+
+def test_without_a_meta_down_a_person_is_an_ordinary_lora(bare, config, snapshot, tiny_base, tmp_path):
+    plain = replace(config, crops=2, steps=4, learning_rate=0.05)
+    personalizer = Personalizer(replace(bare, settings=replace(bare.settings, plain=plain, plain_rank=3)))
+    personalizer._finder = OneFace()
+    assert personalizer.is_plain and not personalizer.domains
+    reports = []
+    identity = personalizer.adapt(snapshot, "cat", on_step=reports.append)
+    assert len(reports) == 4 and identity.is_plain and identity.rank == 3 and identity.prompt_words == "sks cat"
+    identity = Identity.load(identity.save(tmp_path / "cat.safetensors"))
+    shown = pixels(personalizer.generate(identity, "a photo of {person}")[0])
+    assert (shown != pixels(personalizer.generate(None, "a photo of sks cat")[0])).any()
+    alone = FluxPipeline.from_pretrained(tiny_base, dtype=torch.float32)
+    alone.load_lora_weights(str(personalizer.export(identity, tmp_path / "lora.safetensors")))
+    s = personalizer.base.settings
+    there = alone("a photo of sks cat", width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
+                  max_sequence_length=s.max_sequence_length, generator=torch.Generator().manual_seed(0)).images[0]  # fmt: skip
+    assert abs(shown - pixels(there)).max() <= 2
 
 
 def test_cancelling_keeps_nothing(personalizer, snapshot):

@@ -144,8 +144,8 @@ def test_the_same_seed_gives_the_same_identity(base, photo, meta_down, config):
 def test_the_baseline_is_an_ordinary_lora_and_repeatable(base, photo, config):
     before = state_hash(base.transformer)
     shape = replace(base.settings.adapter, rank=2)
-    reports, one = run(adapt_plain(base, photo, config, shape))
-    _, two = run(adapt_plain(base, photo, config, shape))
+    reports, person = run(adapt_plain(base, shape, "woman", photo, config))
+    one, two = (each.to_lora(None) for each in (person, run(adapt_plain(base, shape, "woman", photo, config))[1]))
     assert len(reports) == 6 and all(torch.equal(one[k], two[k]) for k in one)
     assert one["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"].shape == (2, 64)
     assert all(one[k].abs().max() > 0 for k in one if "lora_B" in k)
