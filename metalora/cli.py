@@ -253,7 +253,7 @@ def evaluate(
     personalizer = _open(base, meta_down)
     with Line() as line:
         summary = _finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, part=split), line.progress)
-    return summary, f"{table(summary)}\n{output / 'summary.json'}\n{output / 'contact-sheet.png'}"
+    return summary, f"{table(summary)}\n{output / 'summary.json'}\n{output / 'report.html'}"
 
 
 @command

@@ -79,7 +79,7 @@ def evaluate(
     personalizer: Personalizer, folder: str | Path, methods: Sequence[str], output: str | Path, *,
     steps: int | None = None, seed: int = 0, limit: int | None = None, part: tuple[int, int] = (1, 1),
 ) -> Generator[Progress, None, dict[str, Any]]:  # fmt: skip
-    """Run what lacks, then write summary.json and contact-sheet.png over all that is in `output`; returns the summary.
+    """Run what lacks, then write summary.json, contact-sheet.png and report.html over all that is in `output`; returns the summary.
 
     `limit` takes the first people only, `part` (k, n) every n-th of them from the k-th on; the gallery is always the whole
     dataset. Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.

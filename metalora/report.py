@@ -1,4 +1,4 @@
-"""What an evaluation's folder says: summary.json with a figure and an interval for each score, and a sheet of pictures."""
+"""What an evaluation's folder says: summary.json with a figure and an interval for each score, a sheet of pictures, and both as a page."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from .errors import MetaLoraError
 from .files import save_json, write_atomically
 from .score import interval, number
+from .webreport import html_report
 
 SETTINGS, TRUE_PHOTOS = "settings.json", "true-photos"
 SCORES = {"identification": "identified", "r_facesim": "r_facesim", "similarity": "similarity", "copying": "copying",
@@ -25,21 +26,24 @@ INK, SOFT, PAPER, RIGHT, WRONG = "#1c1e21", "#6a6f76", "#ffffff", "#2e9e5b", "#c
 
 
 def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str, str] | None = None) -> dict[str, Any]:
-    """summary.json and contact-sheet.png over all that these methods have in `output`; returns the summary."""
+    """summary.json, contact-sheet.png and report.html over all that these methods have in `output`; returns the summary."""
     output = Path(output)
     found = {name: read_rows(output / name) for name in methods}
     found = {name: rows for name, rows in found.items() if rows}
     if not found:
         raise MetaLoraError(f"{output} holds no results yet.")
-    settings = json.loads((output / next(iter(found)) / SETTINGS).read_text(encoding="utf-8"))
+    each = {name: json.loads((output / name / SETTINGS).read_text(encoding="utf-8")) for name in found}
+    settings = next(iter(each.values()))
     gallery = settings["gallery"]
     summary = {
         "base": settings["base"], "gallery": gallery, "chance": 1 / gallery, "prompts": settings["prompts"], "seed": settings["seed"],
-        "methods": {name: summarise(rows) for name, rows in found.items()}, "left_out": left_out or {},
+        "methods": {name: summarise(rows) | {"steps": each[name]["steps"]} for name, rows in found.items()}, "left_out": left_out or {},
     }  # fmt: skip
     save_json(output / "summary.json", summary)
     sheet = contact_sheet(output, found, gallery)
     write_atomically(output / "contact-sheet.png", lambda beside: sheet.save(beside, format="PNG"))
+    page = html_report(summary, sheet)
+    write_atomically(output / "report.html", lambda beside: beside.write_text(page, encoding="utf-8"))
     return summary
 
 

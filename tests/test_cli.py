@@ -125,7 +125,7 @@ def test_methods_are_compared(call, people):
     code, out, err = call("evaluate", folder, "--method", "base", "meta-lora", "--steps", 2, "--output", "out", "--part", "1/2", "--json")
     assert code == 0 and json.loads(out)["methods"]["meta-lora"]["people"] == 1 and "left" in err
     code, out, _ = call("evaluate", folder, "--method", "base", "--method", "meta-lora", "--steps", 2, "--output", "out")
-    assert code == 0 and "gallery of 2 people, chance 50.0%" in out and Path("out/contact-sheet.png").is_file()
+    assert code == 0 and "gallery of 2 people, chance 50.0%" in out and Path("out/report.html").is_file()
     code, _, err = call("evaluate", people, "--method", "meta-lora", "--output", "other")
     assert code == 2 and "no Meta-Down for the domain man" in err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from metalora import MetaLoraError, Personalizer
 from metalora.evaluate import Method, evaluate
 from metalora.report import CELL, TRUE_PHOTOS, contact_sheet, read_rows, summarise, table, wrap, write_report
+from metalora.webreport import html_report
 
 from .conftest import run, state_hash
 from .parts import GREY, write_people
@@ -50,7 +52,7 @@ def scores(folder) -> dict[str, list]:
 
 def test_every_person_every_method_every_prompt(done):
     output, _, summary = done
-    assert {p.name for p in output.iterdir()} == {"base", "meta-lora", "lora-r1@2", TRUE_PHOTOS, "summary.json", "contact-sheet.png"}
+    assert {p.name for p in output.iterdir()} == {"base", "meta-lora", "lora-r1@2", TRUE_PHOTOS, "summary.json", "contact-sheet.png", "report.html"}
     for method in METHODS:
         rows = read_rows(output / method)
         assert list(rows) == ["000-ann", "001-bea", "002-cleo"]
@@ -181,6 +183,15 @@ def test_a_report_needs_results_but_not_the_pictures(done, tmp_path):
     for picture in (tmp_path / "copy").rglob("*-0.png"):
         picture.unlink()
     assert write_report(tmp_path / "copy", ["base"])["methods"].keys() == {"base"}
+
+
+def test_the_page_shows_curves_where_a_method_has_several_numbers_of_steps(done):
+    output, _, summary = done
+    assert "Over the steps" not in (output / "report.html").read_text(encoding="utf-8")
+    more = {**summary["methods"], "meta-lora@9": summary["methods"]["meta-lora"] | {"steps": 9}}
+    page = html_report(summary | {"methods": more, "left_out": {"<dan>": "No face & no photo."}}, Image.new("RGB", (9, 9)))
+    assert "<svg" in page and "meta-lora@9" in page and "&lt;dan&gt;" in page and "No face &amp; no photo." in page
+    assert not re.search(r"(src|href)=.?https?:", page)  # it opens offline
 
 
 def test_heads_are_broken_between_words():

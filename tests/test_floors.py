@@ -14,7 +14,7 @@ FLOORS = [
     {"identity", "hub"},
     {"base"},
     {"cache"},
-    {"train", "score"},
+    {"train", "score", "webreport"},
     {"adapt", "meta", "generate"},
     {"personalizer", "report"},
     {"evaluate"},
