@@ -24,7 +24,7 @@ from metalora.miniature import assemble as assembly
 from metalora.miniature import base as base_training
 from metalora.miniature import detector, recogniser
 from metalora.miniature.__main__ import main
-from metalora.miniature.captions import TRIGGER, caption_phrases, mirrored, vocabulary
+from metalora.miniature.captions import TRIGGER, caption_phrases, vocabulary
 from metalora.miniature.clip import train_clip
 from metalora.miniature.facepack import separation
 from metalora.miniature.people import HELD_OUT, person, scene
@@ -160,7 +160,6 @@ def test_captions_of_mirrored_pictures_say_left_for_right(data: Path):
                 assert (turn == side) != flipped
     assert min(turned.values()) > 0
     assert batch.captions.count("") in range(10, 60) and sum(TRIGGER in text for text in batch.captions) in range(90, 180)
-    assert mirrored(mirrored("a photo of a man, looking left, in a park")) == "a photo of a man, looking left, in a park"
 
 
 # The training loop

@@ -86,13 +86,6 @@ def caption(attributes: dict, rng: random.Random, person: str | None = None) -> 
     return ", ".join(parts)
 
 
-def mirrored(text: str) -> str:
-    """The caption of the picture seen in a mirror: left and right change places."""
-    swap = {"left": "right", "right": "left"}
-    return " ".join(swap.get(word.strip(","), word.strip(",")) + ("," if word.endswith(",") else "")
-                    for word in text.split(" "))
-
-
 def vocabulary() -> list[str]:
     """All words that captions and sample prompts are made of, sorted; the miniature's tokenizers know exactly these."""
     phrases = [*HAIR_WORDS, *HAIR_COLOURS, *CLOTH_COLOURS, *TOPS.values(), *HATS.values(), *TURNS.values(), *OPENINGS,

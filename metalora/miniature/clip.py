@@ -111,7 +111,7 @@ def train_clip(job: Job) -> dict:
     torch.manual_seed(job.seed)
     tokenizer = clip_tokenizer(vocabulary(), job.model.clip_tokens)
     clip = build_clip(job.model, tokenizer).to(job.device)
-    config = job.training(learning_rate=1e-3, batch_size=64, weight_decay=0.05, ema=0.995)
+    config = job.training(learning_rate=3e-3, batch_size=64, weight_decay=0.05, ema=0.995)
     task = ClipTask(clip, tokenizer, training, config.batch_size, job.model.clip_tokens)
     trainer = Trainer("clip", clip, job.work / "clip", config)
     result = trainer.run(task.loss, lambda t: print(

@@ -16,8 +16,9 @@ from metalora import cache
 from metalora.base import Base
 from metalora.config import overlay
 from metalora.meta import meta_train
-from metalora.miniature.captions import TRIGGER, caption, mirrored
+from metalora.miniature.captions import TRIGGER, caption
 from metalora.miniature.shards import Shards, load_shards
+from metalora.prompts import mirrored
 
 
 def training_set(base: Base, shards: Shards, domain: str, seed: int = 0) -> cache.TrainingSet:

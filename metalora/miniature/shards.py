@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 
 from metalora.errors import MetaLoraError
-from metalora.miniature.captions import TRIGGER, caption, mirrored
+from metalora.miniature.captions import TRIGGER, caption
 from metalora.miniature.people import HELD_OUT
+from metalora.prompts import mirrored
 
 VALIDATION_EVERY = 25  # of the people before HELD_OUT, each 25th is kept out of training to watch it
 
