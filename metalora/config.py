@@ -94,7 +94,8 @@ class BaseSettings:
     face_pack: str = "buffalo_l"  # folder, or a name that InsightFace knows
     clip: str = "openai/clip-vit-large-patch14"
     det_size: int = 640
-    caption_phrases: tuple[tuple[str, ...], ...] = ()
+    caption_phrases: tuple[tuple[str, ...], ...] = ()  # groups, one of each of which describes what in a photo is not the person
+    prompt_phrases: tuple[tuple[str, ...], ...] = ()  # groups of what prompts may say, for the page
 
     @classmethod
     def load(cls, folder: str | Path) -> BaseSettings:

@@ -83,7 +83,7 @@ class Handlers:
             gr.Slider(value=s.inference_steps),
             gr.Slider(value=s.guidance),
             gr.Gallery(columns=4 if s.resolution <= 256 else 2),
-            cards.words(s.caption_phrases),
+            cards.words(s.prompt_phrases),
         ]  # fmt: skip
 
     def take_sample(self, event: gr.SelectData):

@@ -37,7 +37,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_pipeline(pipeline, folder)
     build_pack(folder.parent / "face")
     build_small_clip(folder.parent / "clip", TINY, WORDS)
-    write_settings(folder, TINY, [], "sks", name="tiny", adapter={"rank": 1, "meta_rank": 4, "scale": 0.75}, inference_steps=3,
+    write_settings(folder, TINY, "sks", name="tiny", adapter={"rank": 1, "meta_rank": 4, "scale": 0.75}, inference_steps=3,
                    meta={"rounds": 3, "bucket_size": 2, "bucket_steps": 8, "warmup_steps": 3})
     return folder
 

@@ -18,7 +18,7 @@ import torch
 
 from metalora.errors import MetaLoraError
 from metalora.miniature.base import trained_base
-from metalora.miniature.captions import TRIGGER, caption_phrases, vocabulary
+from metalora.miniature.captions import TRIGGER, caption_phrases, prompt_phrases, vocabulary
 from metalora.miniature.clip import build_processor, trained_clip
 from metalora.miniature.facepack import DETECTOR_FILE, RECOGNISER_FILE
 from metalora.miniature.pipeline import MiniatureConfig, clip_tokenizer, make_readable, save_pipeline, write_settings
@@ -84,7 +84,8 @@ def write_miniature(parts: Parts, folder: Path) -> None:
     """The pipeline in float16, metalora.json and the card."""
     save_pipeline(trained_base(parts.job, parts.base), folder)
     guided = {"guidance": GUIDANCE} if parts.base == "base-guided" else {}
-    write_settings(folder, parts.config, caption_phrases(), TRIGGER, **guided, **SETTINGS)
+    phrases = {"caption_phrases": caption_phrases(), "prompt_phrases": prompt_phrases()}
+    write_settings(folder, parts.config, TRIGGER, **phrases, **guided, **SETTINGS)
     names = ["vae", "clip", "base", *([parts.base] if guided else [])]
     _describe(folder, MINIATURE_CARD, parts.pick(*names), size=parts.config.size)
 

@@ -95,7 +95,19 @@ def vocabulary() -> list[str]:
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
+def _wearing(things: dict[str, str]) -> list[str]:
+    return [f"wearing {_article(f'{colour} {thing}')}" for thing in things.values() for colour in CLOTH_COLOURS]
+
+
 def caption_phrases() -> list[list[str]]:
-    """Groups of phrases for what is not the person, by which a photo is described for adaptation."""
-    worn = [f"wearing {_article(f'{c} {t}')}" for t in (*TOPS.values(), *HATS.values()) for c in CLOTH_COLOURS]
-    return [worn, [p[0] for p in EXPRESSIONS.values()], [p[0] for p in BACKGROUNDS.values()]]
+    """Groups of phrases for what is not the person, by which a photo is described for adaptation.
+
+    Clothes and places only: expressions and glasses are too small for the miniature's CLIP, and a wrong word is worse than none.
+    """
+    return [_wearing(TOPS | HATS), [first for first, *_ in BACKGROUNDS.values()]]
+
+
+def prompt_phrases() -> list[list[str]]:
+    """Groups of phrases that a prompt may use."""
+    first = [[phrases[0] for phrases in each.values()] for each in (EXPRESSIONS, BACKGROUNDS)]
+    return [*first, list(TURNS.values()), _wearing(TOPS), [*_wearing(HATS), "wearing glasses"]]
