@@ -28,7 +28,7 @@ MOST_MEGABYTES = 60.0  # of all assets together, so that the project stays a qui
 GUIDANCE = 2.5  # that a base which has learnt guidance is used with
 # What metalora.json says of this base beyond `write_settings`; found by trial on people of the training.
 SETTINGS: dict[str, Any] = {
-    "adapt": {"learning_rate": 1.2e-2, "batch_size": 4},
+    "adapt": {"learning_rate": 3e-3, "batch_size": 4},
     "meta": {"rounds": 8, "bucket_size": 48, "bucket_steps": 100, "warmup_steps": 30, "batch_size": 16, "learning_rate": 3e-3,
              "down_learning_rate": 5e-4},
 }
