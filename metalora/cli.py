@@ -122,6 +122,7 @@ def generate(
     seed: Seed = 0, steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="How strictly the prompt is followed.")] = None,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Width and height in px.")] = None,
+    strength: Annotated[float, typer.Option("--strength", help="How strongly the person comes in; below 1 the prompt counts for more.")] = 1.0,
     base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Generate pictures of a person into a folder; each PNG says in its metadata what made it."""
@@ -136,7 +137,7 @@ def generate(
     paths: list[Path] = []
     with Line() as line:
         pictures = personalizer.generate_each(
-            person, prompts, count, seed, steps=steps, guidance=guidance, size=wanted,
+            (person, strength), prompts, count, seed, steps=steps, guidance=guidance, size=wanted,
             on_step=lambda done, every: line.show(done / every, f"picture {len(paths) + 1}/{len(prompts) * count}  step {done}/{every}"),
         )  # fmt: skip
         for number, image in enumerate(pictures):

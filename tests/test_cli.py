@@ -104,6 +104,8 @@ def test_pictures_come_with_what_made_them(call, me):
     assert "picture 4/4" in err
     code, out, _ = call("generate", me, "in the park", "--output", "again", "--seed", 8, "--size", "48x32")
     assert out.split() == ["again/01-8.png"] and Image.open("again/01-8.png").tobytes() == image.tobytes()
+    code, out, _ = call("generate", me, "in the park", "--output", "weak", "--seed", 8, "--size", "48x32", "--strength", 0.5)
+    assert code == 0 and Image.open(out.strip()).tobytes() != image.tobytes()
 
 
 @pytest.mark.parametrize("format,key", [("diffusers", "transformer."), ("kohya", "lora_unet_")])
