@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig
 from torch import Tensor
+from transformers import T5EncoderModel
 
 from . import hub
+from .adapter import ThreeFactorLinear
 from .config import BaseSettings
 from .errors import MetaLoraError
+from .plan import COMPONENTS, Choice, Learning, Model, Plan, Work, card, choose, describe, system_memory
+from .quantise import configs_for
 
-LEAN_BELOW = 48 * 2**30  # bytes of GPU memory under which only the component at work lies on the GPU
+OUT_OF_MEMORY = "The GPU has not enough free memory for this; close other programs that use it, choose a smaller size, or a smaller base."
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 class Text(NamedTuple):
@@ -43,12 +52,16 @@ class Base:
     name: str  # as users know it: the catalogue's or the Hub's name
     fingerprint: str  # SHA-256 of its architecture and a sample of its weights
     device: torch.device
-    lean: bool = False
+    folder: Path
+    choice: Choice  # the plan it was opened with, and why
+    plan: Plan  # the one it follows now
+    _at_work: Counter[str] = field(default_factory=Counter)  # components that a piece of work needs on the device now
 
     @classmethod
-    def open(cls, name: str, device: str | None = None) -> Base:
-        """Open a folder, a short name of the catalogue or a Hub id: float32 on a CPU, bfloat16 on a GPU.
+    def open(cls, name: str, device: str | None = None, plan: str | None = None, learning: Learning = "person") -> Base:
+        """Open a folder, a short name of the catalogue or a Hub id: float32 on a CPU, on a GPU after the plan that fits it.
 
+        `plan` takes the plan of that name; `learning` says what the memory must do for.
         Raises MetaLoraError where it cannot be had, is no FLUX pipeline or does not fit the device.
         """
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -57,11 +70,11 @@ class Base:
         folder = hub.base_folder(str(name))
         _quiet()
         settings = BaseSettings.load(folder)
-        pipeline = _load_pipeline(folder, torch.bfloat16 if place.type == "cuda" else torch.float32)
-        lean = place.type == "cuda" and torch.cuda.get_device_properties(place).total_memory < LEAN_BELOW
-        if not lean:
-            pipeline.to(place)
-        return cls(pipeline, settings, settings.name or str(name), fingerprint(folder), place, lean)
+        _check(folder)
+        choice = choose(card(place), system_memory(), _model(folder).needs(Work.of(settings, learning)), plan)
+        base = cls(_load_pipeline(folder, choice.plan, place), settings, settings.name or str(name), fingerprint(folder), place, folder, choice, choice.plan)
+        base._settle()
+        return base
 
     @property
     def transformer(self) -> FluxTransformer2DModel:
@@ -73,37 +86,82 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.transformer.dtype
+        """What is computed in, whatever the weights are kept in."""
+        return self.vae.dtype
 
     @contextmanager
     def resident(self, *components: str) -> Iterator[None]:
-        """Have these components on the device meanwhile; only a lean base moves anything."""
-        modules = [getattr(self.pipeline, c) for c in components] if self.lean else []
+        """Have these components on the device meanwhile; those that the plan keeps there stay."""
+        self._at_work.update(components)
         try:
-            for module in modules:
-                module.to(self.device)
+            self._settle()
             yield
         finally:
-            for module in modules:
-                module.to("cpu")
-            if modules:
-                torch.cuda.empty_cache()
+            self._at_work.subtract(components)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Every component where it belongs now. Those that leave the device go first."""
+        here = {part for part in COMPONENTS if part in self.plan.stays or self._at_work[part]}
+        for part in sorted(COMPONENTS, key=here.__contains__):
+            module, place = getattr(self.pipeline, part), self.device if part in here else torch.device("cpu")
+            if any(p.device.type != place.type for p in module.parameters()):
+                module.to(place)
+        if self.plan.checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if self.device.type == "cuda" and len(here) < len(COMPONENTS):
+            torch.cuda.empty_cache()
+
+    def persevere(self, work: Callable[[], Result], again: Callable[[], None] = lambda: None) -> Result:
+        """`work()`. Where the GPU runs out of memory, free it, go one plan down, say so, call `again` and repeat the work.
+
+        Raises MetaLoraError where no plan is below.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                fault = error.with_traceback(None)  # its frames hold what is to be freed
+            self._step_down(fault)
+            again()
+
+    def _step_down(self, fault: torch.OutOfMemoryError) -> None:
+        below = self.choice.below(self.plan)
+        if below is None:
+            raise MetaLoraError(OUT_OF_MEMORY) from fault
+        configs_for(below.precision, self.dtype)  # before anything is given up, for its library may be missing
+        logger.warning(f"The GPU ran out of memory with the plan {self.plan.name}; going on with {below.name}: {describe(below)}.")
+        before, self.plan = self.plan, below
+        gc.collect()
+        if before.precision != below.precision:
+            for part in COMPONENTS:
+                _release(getattr(self.pipeline, part))
+            self.pipeline = _load_pipeline(self.folder, below, self.device)
+        self._settle()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
         """CLIP and T5 embeddings of n prompts."""
-        with self.resident("text_encoder", "text_encoder_2"):
-            embeds, pooled, _ = self.pipeline.encode_prompt(
-                list(prompts), None, device=self.device, max_sequence_length=self.settings.max_sequence_length
-            )
-        return Text(embeds, pooled)
+
+        def encode() -> Text:
+            with self.resident("text_encoder", "text_encoder_2"):
+                embeds, pooled, _ = self.pipeline.encode_prompt(
+                    list(prompts), None, device=self.device, max_sequence_length=self.settings.max_sequence_length
+                )
+            return Text(embeds, pooled)
+
+        return self.persevere(encode)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents of (n, 3, height, width) pictures in [-1, 1], scaled as the transformer takes them."""
         shift, scale = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
-        with self.resident("vae"):
-            latent = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
+
+        def encode():
+            with self.resident("vae"):
+                return self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
+
+        latent = self.persevere(encode)
         return (latent.mean.float() - shift) * scale, latent.std.float() * scale  # each (n, 16, height/8, width/8)
 
     def velocity(self, tokens: Tensor, sigma: Tensor, text: Text, image_ids: Tensor, guidance: float) -> Tensor:
@@ -139,14 +197,47 @@ def _quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _load_pipeline(folder: Path, dtype: torch.dtype) -> FluxPipeline:
+def _model(folder: Path) -> Model:
+    try:
+        return Model.of(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _check(folder: Path) -> None:
     try:
         kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
-        if kind != "FluxPipeline":
-            raise MetaLoraError(f"The base in {folder} is a {kind}; only FLUX pipelines are understood.")
-        pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+    if kind != "FluxPipeline":
+        raise MetaLoraError(f"The base in {folder} is a {kind}; only FLUX pipelines are understood.")
+
+
+def _unreadable(folder: Path, error: Exception) -> MetaLoraError:
+    return MetaLoraError(f"The base in {folder} cannot be read ({str(error).splitlines()[0][:120]}); get it afresh.")
+
+
+def _load_pipeline(folder: Path, plan: Plan, device: torch.device) -> FluxPipeline:
+    dtype = torch.float32 if plan.precision == "float32" else torch.bfloat16
+    configs = configs_for(plan.precision, dtype)
+    common = dict(dtype=dtype, local_files_only=True, use_safetensors=True)
+    parts: dict[str, torch.nn.Module] = {}
+    try:
+        if "text_encoder_2" in configs:  # before the transformer and out of its way, for bitsandbytes makes both on the card
+            parts["text_encoder_2"] = T5EncoderModel.from_pretrained(folder / "text_encoder_2", quantization_config=configs.pop("text_encoder_2"), **common)
+            parts["text_encoder_2"].to("cpu")
+        quantised = PipelineQuantizationConfig(quant_mapping=configs) if configs else None
+        pipeline = FluxPipeline.from_pretrained(folder, quantization_config=quantised, **parts, **common)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise MetaLoraError(f"The base in {folder} cannot be read ({str(error).splitlines()[0][:120]}); get it afresh.") from error
+        raise _unreadable(folder, error) from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.requires_grad_(False)
     return pipeline
+
+
+def _release(component: torch.nn.Module) -> None:
+    """Free a component's weights, whoever still holds its layers; what an attached adapter has learnt stays."""
+    for module in component.modules():
+        if not isinstance(module, ThreeFactorLinear):
+            for name, _ in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import flow
 from .base import Base, Text
+from .plan import PIXELS_AT_ONCE, TOKENS_AT_ONCE
 
-CHUNK = 32  # pictures or prompts encoded at a time
+CHUNK = 32  # pictures or prompts encoded at a time, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +60,12 @@ class TrainingSet:
 def encode(base: Base, images: Tensor, captions: Sequence[str], subjects: Sequence[int] | None = None) -> TrainingSet:
     """Encode (k, 3, height, width) pictures in [-1, 1] with a caption each; all of subject 0 unless told."""
     assert len(images) == len(captions) and len(images) > 0, "a caption for each picture"
-    moments = [base.encode_images(chunk) for chunk in images.split(CHUNK)]
+    pictures = min(CHUNK, max(1, PIXELS_AT_ONCE // images[0, 0].numel()))
+    moments = [base.encode_images(chunk) for chunk in images.split(pictures)]
     mean, std = (torch.cat(parts) for parts in zip(*moments))
     different = list(dict.fromkeys(captions))
-    texts = [base.encode_prompts(different[i : i + CHUNK]) for i in range(0, len(different), CHUNK)]
+    prompts = min(CHUNK, max(1, TOKENS_AT_ONCE // base.settings.max_sequence_length))
+    texts = [base.encode_prompts(different[i : i + prompts]) for i in range(0, len(different), prompts)]
     number = {caption: i for i, caption in enumerate(different)}
     return TrainingSet(
         mean=flow.pack(mean),

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,16 @@ def generate(
             on_step(done, every)
         return values
 
+    def draw(text: Any, seed: int, before: int) -> Image.Image:
+        nonlocal done
+        done = before
+        with base.resident("transformer", "vae"):
+            return render(base, text, width, height, steps, guidance, seed, count_step)
+
     for prompt in filled:
         text = base.encode_prompts([prompt])
         for seed in range(config.seed, config.seed + config.count):
-            with base.resident("transformer", "vae"):
-                image = render(base, text, width, height, steps, guidance, seed, count_step)
+            image = base.persevere(partial(draw, text, seed, done), lambda: use_people(base, people))
             image.info.update(describe(base, prompt, people, seed, steps, guidance))
             yield image
 

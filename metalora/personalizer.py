@@ -15,7 +15,7 @@ from PIL import Image
 
 from . import adapt as stage2
 from . import cache, hub
-from .base import Base
+from .base import OUT_OF_MEMORY, Base
 from .clip import Clip
 from .config import DEFAULT_BASE, AdaptConfig
 from .errors import MetaLoraError
@@ -48,12 +48,16 @@ class Personalizer:
         self._encoded: tuple[Any, cache.TrainingSet] | None = None
 
     @classmethod
-    def open(cls, base: str = DEFAULT_BASE, meta_down: str | MetaDown | None = None, device: str | None = None) -> Personalizer:
+    def open(
+        cls, base: str = DEFAULT_BASE, meta_down: str | MetaDown | None = None, device: str | None = None, plan: str | None = None
+    ) -> Personalizer:  # fmt: skip
         """Open a base ("miniature", a folder or a Hub id) with the catalogue's Meta-Downs for it, or with a given one.
 
+        How it lies in a GPU's memory is worked out, or is the `plan` of that name.
         Raises MetaLoraError where either cannot be had or they do not fit.
         """
-        personalizer = cls(Base.open(base, device), meta_down)
+        plain = meta_down is None and not hub.meta_down_places(base)
+        personalizer = cls(Base.open(base, device, plan, "plain" if plain else "person"), meta_down)
         if meta_down is not None:
             for domain in personalizer.domains:
                 personalizer.meta_down(domain)
@@ -261,13 +265,11 @@ class Personalizer:
 
 @contextmanager
 def plain_faults() -> Iterator[None]:
-    """A device that runs out of memory becomes one sentence with advice."""
+    """A device that runs out of memory where no smaller plan helps becomes one sentence with advice."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise MetaLoraError(
-            "The GPU has not enough free memory for this; close other programs that use it, choose a smaller size, or a smaller base."
-        ) from error
+        raise MetaLoraError(OUT_OF_MEMORY) from error
 
 
 def _listed(value: Any) -> list[Any]:

@@ -108,10 +108,7 @@ def fit(
         for step in range(steps):
             rows = next(batches).to(data.subject.device)
             adapter.use_rows(data.subject[rows] if adapter.count > 1 else None)
-            with _repeatable(base.device):
-                loss = flow_loss(base, data, rows, generator, flow_config)
-                loss.backward()
-            value = loss.item()
+            value = _gradients(base, adapter, data, rows, generator, flow_config)
             if not math.isfinite(value):
                 raise MetaLoraError("The training went astray (the loss is not a number); lower the learning rate and start again.")
             nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -125,6 +122,26 @@ def fit(
         adapter.use_rows(None)
         for group, lr in zip((g for o in optimizers for g in o.param_groups), full):
             group["lr"] = lr
+
+
+def _gradients(base: Base, adapter: Adapter, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig) -> float:
+    """The loss of one step, its gradients left with the parameters; a step that the memory does not do for is done again."""
+    start = generator.get_state()
+
+    def step() -> float:
+        with _repeatable(base.device):
+            loss = flow_loss(base, data, rows, generator, config)
+            loss.backward()
+        return loss.item()
+
+    def again() -> None:
+        generator.set_state(start)
+        for p in trainable(adapter):
+            p.grad = None
+        if base.transformer is not adapter.transformer:
+            adapter.move_to(base.transformer)
+
+    return base.persevere(step, again)
 
 
 @contextmanager

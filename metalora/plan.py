@@ -1,0 +1,326 @@
+"""What fits a card: bytes of every component per precision and of every piece of work, and the plan that follows from them.
+
+Nothing is loaded for it: the components are built on the meta device from their configs. A plan says in which precision the
+weights are, which of them stay on the card, and whether a training step keeps its activations or computes them again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from .adapter import find_targets
+from .config import BaseSettings
+from .errors import MetaLoraError
+
+GIB = 2**30
+RESERVE = 5 * GIB // 4  # bytes for the CUDA context, the libraries' work spaces and what the allocator cannot use
+PYTHON = 3 * GIB  # bytes of system memory for the program itself
+PIXELS_AT_ONCE = 2**19  # that the VAE encodes in one call: two pictures of 512x512
+TOKENS_AT_ONCE = 2**12  # that the text encoders take in one call: eight prompts of 512
+Precision = Literal["float32", "bf16", "fp8", "4-bit"]
+Learning = Literal["person", "plain", "stage 1"]  # Mid and Up; an ordinary LoRA; all three factors of many people
+PACKAGES = {"fp8": ("torchao", "0.18.0"), "4-bit": ("bitsandbytes", "0.50.2")}  # what a precision needs, and the version it was made with
+
+# Components of FLUX.1-dev where it is not on this machine: the defaults of diffusers' FluxTransformer2DModel and, as public in
+# their repositories on the Hub, the configs of its VAE, of openai/clip-vit-large-patch14 (text) and of google/t5-v1_1-xxl.
+FLUX_DEV: dict[str, dict[str, Any]] = {
+    "transformer": {"guidance_embeds": True},
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    },
+    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 49408},
+    "text_encoder_2": {
+        "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128, "feed_forward_proj": "gated-gelu",
+    },
+}  # fmt: skip
+COMPONENTS = tuple(FLUX_DEV)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a base lies in memory while it works."""
+
+    name: str
+    precision: Precision
+    stays: tuple[str, ...]  # components that stay on the device; the others come only while they are at work
+    checkpointing: bool = False  # a training step keeps the input of each block only, and computes the rest again
+
+
+# The fastest first. Bits are given up last of all, and moving the transformer for every prompt is worse than that.
+PLANS = (
+    Plan("resident", "bf16", COMPONENTS),
+    Plan("lean", "bf16", ("transformer",)),
+    Plan("resident-checkpointing", "bf16", COMPONENTS, True),
+    Plan("lean-checkpointing", "bf16", ("transformer",), True),
+    Plan("fp8", "fp8", ("transformer",)),
+    Plan("fp8-checkpointing", "fp8", ("transformer",), True),
+    Plan("4-bit", "4-bit", ("transformer",)),
+    Plan("4-bit-checkpointing", "4-bit", ("transformer",), True),
+    Plan("offload", "4-bit", (), True),
+)
+ON_CPU = Plan("cpu", "float32", COMPONENTS)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What must fit: the largest training step and the largest picture."""
+
+    resolution: int  # px, of generated pictures
+    train_resolution: int  # px
+    text_tokens: int
+    batch: int
+    identities: int  # resident at a time
+    rank: int
+    meta_rank: int
+    learns_down: bool
+    targets: str
+
+    @classmethod
+    def of(cls, settings: BaseSettings, learning: Learning = "person") -> Work:
+        """The work that a base's settings ask for."""
+        a, common = settings.adapter, (settings.resolution, settings.train_resolution, settings.max_sequence_length)
+        if learning == "stage 1":
+            return cls(*common, settings.meta.batch_size, settings.meta.bucket_size, a.rank, a.meta_rank, True, a.targets)
+        if learning == "plain":
+            return cls(*common, settings.plain.batch_size, 1, settings.plain_rank, settings.plain_rank, True, a.targets)
+        return cls(*common, settings.adapt.batch_size, 1, a.rank, a.meta_rank, False, a.targets)
+
+
+class Weights(NamedTuple):
+    """What a component consists of."""
+
+    linear: int  # numbers in the matrices that can be quantised
+    rows: int  # of these matrices
+    layers: int
+    rest: int  # numbers that keep 16 bits whatever the plan
+
+    def size(self, precision: Precision) -> int:
+        """Bytes. fp8 has a float32 scale for every row. 4-bit (NF4) has an 8-bit scale for every 64 numbers, a float32
+        one for every 256 of these, and two tables of 16 and 256 float32 and an offset for every matrix."""
+        linear = {
+            "float32": 4 * self.linear,
+            "bf16": 2 * self.linear,
+            "fp8": self.linear + 4 * self.rows,
+            "4-bit": self.linear // 2 + self.linear // 64 + self.linear // (64 * 64) + 4 * (16 + 256 + 1) * self.layers,
+        }  # fmt: skip
+        return linear[precision] + (4 if precision == "float32" else 2) * self.rest
+
+
+class Model:
+    """A base's components by their configs alone, without weights."""
+
+    def __init__(self, configs: Mapping[str, Mapping[str, Any]]):
+        self.configs = configs
+        self.modules = _build(configs)
+        self.counts = {part: count(module) for part, module in self.modules.items()}
+
+    @classmethod
+    def of(cls, folder: Path | None) -> Model:
+        """That of the pipeline in a folder; FLUX.1-dev where there is none."""
+        if folder is None:
+            return cls(FLUX_DEV)
+        return cls({part: json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in COMPONENTS})
+
+    def weights(self, component: str, precision: Precision) -> int:
+        """Bytes of a component in a plan of that precision. Only the transformer is ever in fp8, and T5 too in 4 bits."""
+        quantised = component == "transformer" or (component == "text_encoder_2" and precision == "4-bit")
+        return self.counts[component].size(precision if quantised or precision == "float32" else "bf16")
+
+    @property
+    def width(self) -> int:
+        """d, of the transformer's tokens."""
+        return self.modules["transformer"].inner_dim
+
+    def tokens(self, resolution: int) -> int:
+        """Image tokens of a square picture: the VAE makes a latent of 2x2 px smaller sides per level, 2x2 latents are a token."""
+        return (resolution // 2 ** len(self.modules["vae"].config.block_out_channels)) ** 2
+
+    def step(self, work: Work, checkpointing: bool, number: int) -> int:
+        """Bytes that a training step adds to the weights, `number` bytes each number.
+
+        With d the width and one token's vector as the unit, autograd keeps, of a frozen base in which only the small
+        factors learn:
+            single block   11   the input of its norm, q and k before and after their norms (4), v, the attention's output,
+                                and the input of the GELU (4)
+            double block   12   the same for both streams, and the input of the second norm
+        It keeps no input of a linear layer, for neither W nor Down has a gradient; of each layer it keeps Down·x (r_m) and
+        Mid·Down·x (r). Where Down learns too, layer inputs come to that: the norm's output, the GELU's (4) and one of
+        the attention, which lies in a concatenation: 6 more. While a block is gone through, forward or backward, at most
+        15 vectors live besides. With checkpointing every block keeps its input only (1), and the block at work all.
+        To that comes the adapter: weight, gradient and two moments in float32 of what learns, and Down.
+        """
+        config = self.modules["transformer"].config
+        tokens = work.batch * (self.tokens(work.train_resolution) + work.text_tokens)
+        single, double = (17, 18) if work.learns_down else (11, 12)
+        blocks = config.num_single_layers + config.num_layers
+        kept = blocks + double if checkpointing else single * config.num_single_layers + double * config.num_layers
+        factors = (len(self._targets(work)) // blocks if checkpointing else len(self._targets(work))) * (work.rank + work.meta_rank)
+        return number * tokens * ((kept + 15) * self.width + factors) + self._adapter(work)
+
+    def _targets(self, work: Work) -> dict[str, nn.Linear]:
+        return find_targets(self.modules["transformer"], work.targets)
+
+    def _adapter(self, work: Work) -> int:
+        layers = self._targets(work).values()
+        down = work.meta_rank * sum(layer.in_features for layer in layers)
+        heads = work.identities * work.rank * sum(layer.out_features + work.meta_rank for layer in layers)
+        return 16 * heads + (16 if work.learns_down else 4) * down
+
+    def phases(self, work: Work, plan: Plan) -> dict[str, tuple[tuple[str, ...], int]]:
+        """Each piece of work: the components it needs, and the bytes it adds to their weights.
+
+        Read off the networks: the first level of the VAE's encoder holds 5 maps of its width at once, the last of its decoder 3 of
+        the width of the level below; T5 holds its attention's bias and scores, and the three maps of a feed-forward.
+        A transformer without gradients holds 16 vectors a token.
+        """
+        number = 4 if plan.precision == "float32" else 2
+        widths = self.modules["vae"].config.block_out_channels
+        t5 = self.modules["text_encoder_2"].config
+        prompts = max(1, TOKENS_AT_ONCE // work.text_tokens)
+        texts = max(3.0, 1.5 * prompts) * t5.num_heads * work.text_tokens**2 + 3 * TOKENS_AT_ONCE * t5.d_ff
+        pixels = max(PIXELS_AT_ONCE, work.train_resolution**2)
+        forward = 16 * self.width * (self.tokens(work.resolution) + work.text_tokens)
+        return {
+            "encoding texts": (("text_encoder", "text_encoder_2"), int(number * texts)),
+            "encoding photos": (("vae",), number * 5 * widths[0] * pixels),
+            "learning": (("transformer",), self.step(work, plan.checkpointing, number)),
+            "drawing": (("transformer", "vae"), number * max(forward, 3 * widths[1] * work.resolution**2)),
+        }
+
+    def needs(self, work: Work) -> dict[str, Needs]:
+        """What every plan needs."""
+        return {plan.name: self._needs(work, plan) for plan in (*PLANS, ON_CPU)}
+
+    def _needs(self, work: Work, plan: Plan) -> Needs:
+        size = {part: self.weights(part, plan.precision) for part in COMPONENTS}
+        phases = {
+            name: sum(size[part] for part in {*plan.stays, *parts}) + more for name, (parts, more) in self.phases(work, plan).items()
+        }  # fmt: skip
+        if plan == ON_CPU:
+            return Needs(0, max(phases.values()) + PYTHON, phases)
+        through = set(COMPONENTS) - ({"transformer"} if plan.precision == "4-bit" and plan.stays else set())  # 4-bit weights are made on the card
+        return Needs(max(phases.values()) + RESERVE, sum(size[part] for part in through) + PYTHON, phases)
+
+
+class Needs(NamedTuple):
+    """Bytes that a plan takes; on a CPU all of them are system memory."""
+
+    gpu: int
+    system: int
+    phases: dict[str, int]  # of each piece of work, without the reserve
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plan that was chosen, what each would need, and why the faster ones were passed over."""
+
+    plan: Plan
+    needs: dict[str, Needs]
+    passed_over: dict[str, str]  # plan → one sentence
+
+    @property
+    def says(self) -> str:
+        """One sentence."""
+        need = self.needs[self.plan.name]
+        where = f"up to {need.gpu / GIB:.1f} GiB on the card and {need.system / GIB:.1f} GiB" if need.gpu else f"up to {need.system / GIB:.1f} GiB"
+        return f"plan {self.plan.name}: {describe(self.plan)}; {where} of system memory"
+
+    def below(self, plan: Plan) -> Plan | None:
+        """The next plan that needs less of the card for some piece of work and more for none; None where there is none."""
+        later, now = PLANS[PLANS.index(plan) + 1 :] if plan in PLANS else (), self.needs[plan.name].phases
+        phases = {other: self.needs[other.name].phases for other in later}
+        return next((other for other, then in phases.items() if then != now and all(then[phase] <= now[phase] for phase in now)), None)
+
+
+def describe(plan: Plan) -> str:
+    """A plan in words."""
+    if plan == ON_CPU:
+        return "all in float32 on the CPU"
+    where = {COMPONENTS: "all on the card", ("transformer",): "text encoders and VAE on the card only while at work"}.get(
+        plan.stays, "each part on the card only while at work"
+    )
+    return f"{plan.precision} weights, {where}, {'with' if plan.checkpointing else 'without'} checkpointing"
+
+
+def choose(gpu: int | None, system: int | None, needs: dict[str, Needs], name: str | None = None) -> Choice:
+    """The fastest plan that fits `gpu` bytes of a card (None: a CPU) and `system` bytes of system memory (None: not looked at).
+
+    `needs` are a Model's. `name` takes the plan of that name, whether it fits or not.
+    Raises MetaLoraError where nothing fits or the name is none.
+    """
+    plans = {plan.name: plan for plan in (PLANS if gpu is not None else (ON_CPU,))}
+    if name:
+        if name not in plans:
+            raise MetaLoraError(f"There is no plan {name} {'for a GPU' if gpu is not None else 'on a CPU'}; choose {', '.join(plans)}, or leave --plan out.")
+        return Choice(plans[name], needs, {})
+    passed: dict[str, str] = {}
+    for plan in plans.values():
+        reason = _too_much(plan.name, needs[plan.name], gpu, system)
+        if reason is None:
+            return Choice(plan, needs, passed)
+        passed[plan.name] = reason
+    raise MetaLoraError(_nothing_fits([needs[name] for name in plans], gpu, system))
+
+
+def _too_much(name: str, need: Needs, gpu: int | None, system: int | None) -> str | None:
+    """Why a plan does not fit; None where it does."""
+    if gpu is not None and need.gpu > gpu:
+        phase = max(need.phases, key=need.phases.__getitem__)
+        return f"{name} needs {need.gpu / GIB:.1f} GiB on the card for {phase}, and {gpu / GIB:.1f} GiB are there."
+    if system is not None and need.system > system:
+        return f"{name} needs {need.system / GIB:.1f} GiB of system memory, and {system / GIB:.1f} GiB are there."
+    return None
+
+
+def _nothing_fits(needs: Sequence[Needs], gpu: int | None, system: int | None) -> str:
+    least = min(needs, key=lambda need: (need.gpu, need.system))
+    if gpu is not None and least.gpu > gpu:
+        return (
+            f"This base needs {least.gpu / GIB:.1f} GiB of free memory on the card at the least, and {gpu / GIB:.1f} GiB are free; "
+            "close other programs that use the card, take a larger one, or use --base miniature."
+        )
+    return f"This base needs {least.system / GIB:.1f} GiB of system memory, and this machine has {(system or 0) / GIB:.1f} GiB; use --base miniature."
+
+
+def count(module: nn.Module) -> Weights:
+    """The numbers of a component. `wo` of T5 is not quantised: transformers keeps it, as it does not bear few bits."""
+    linears = [m for name, m in module.named_modules() if isinstance(m, nn.Linear) and name.rpartition(".")[2] != "wo"]
+    linear = sum(m.weight.numel() for m in linears)
+    return Weights(linear, sum(m.out_features for m in linears), len(linears), sum(p.numel() for p in module.parameters()) - linear)
+
+
+def _build(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        return {
+            "transformer": FluxTransformer2DModel.from_config(dict(configs["transformer"])),
+            "vae": AutoencoderKL.from_config(dict(configs["vae"])),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+            "text_encoder_2": T5EncoderModel(T5Config(**configs["text_encoder_2"])),
+        }
+
+
+def card(device: torch.device) -> int | None:
+    """Bytes of a GPU that this process has or can have; None for a CPU. Sets the limit, so that none is taken from system memory."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    ours = min(total, free + torch.cuda.memory_reserved(device))
+    torch.cuda.set_per_process_memory_fraction(ours / total, device)
+    return ours
+
+
+def system_memory() -> int | None:
+    """Bytes of this machine's memory; None where it does not say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None

@@ -1,0 +1,43 @@
+"""Weights of fewer bits: the configs that diffusers and transformers load them by. The libraries for it are optional."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import torch
+
+from .errors import MetaLoraError
+from .plan import PACKAGES, Precision
+
+
+def configs_for(precision: Precision, dtype: torch.dtype) -> dict[str, Any]:
+    """What each component is quantised by, computing in `dtype`; nothing for a precision that quantises nothing.
+
+    Raises MetaLoraError where the library is missing.
+    """
+    if precision not in PACKAGES:
+        return {}
+    package, version = PACKAGES[precision]
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MetaLoraError(f"{precision} weights need {package}; run `pip install {package}=={version}`, or choose another plan with --plan.") from error
+    return _fp8() if precision == "fp8" else _four_bit(dtype)
+
+
+def _fp8() -> dict[str, Any]:
+    """float8 e4m3 weights with a scale for every row; computed in 16 bits."""
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    return {"transformer": TorchAoConfig(Float8WeightOnlyConfig())}
+
+
+def _four_bit(dtype: torch.dtype) -> dict[str, Any]:
+    """NF4, the scales quantised too (QLoRA, arXiv 2305.14314)."""
+    import diffusers
+    import transformers
+
+    wanted = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    return {"transformer": diffusers.BitsAndBytesConfig(**wanted), "text_encoder_2": transformers.BitsAndBytesConfig(**wanted)}

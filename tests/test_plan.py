@@ -1,0 +1,354 @@
+"""What fits a card: bytes by config against bytes that are there, the plan that follows, and going down when memory runs out."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from metalora import MetaLoraError, adapter, plan
+from metalora.adapt import adapt, adapt_plain
+from metalora.adapter import attach, find_targets, random_downs
+from metalora.base import Base, _load_pipeline
+from metalora.config import AdapterConfig, BaseSettings
+from metalora.generate import GenerateConfig, Person, generate, unload_people
+from metalora.plan import FLUX_DEV, GIB, PLANS, Model, Work, choose
+from metalora.quantise import configs_for
+
+from .conftest import run
+
+BY_NAME = {p.name: p for p in PLANS}
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the tensors that come to be while it is on: now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.alive: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.alive | given:
+                size = tensor.untyped_storage().nbytes()
+                self.alive.add(key)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(tensor.untyped_storage(), self.gone, key, size)
+        return result
+
+    def gone(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+
+@pytest.fixture(scope="module")
+def flux() -> Model:
+    return Model(FLUX_DEV)
+
+
+@pytest.fixture(scope="module")
+def needs(flux) -> dict[str, dict[str, plan.Needs]]:
+    """What FLUX.1-dev needs for each kind of learning."""
+    return {kind: flux.needs(work) for kind, work in WORK.items()}
+
+
+WORK = {kind: Work.of(BaseSettings(), kind) for kind in ("person", "plain", "stage 1")}
+
+
+def on_gpu(base: Base, name: str) -> Base:
+    """The tiny base as if a card had it under that plan; only that its card is the CPU."""
+    model = Model.of(base.folder)
+    chosen = choose(0, None, model.needs(Work.of(base.settings)), name)
+    carded = replace(base, pipeline=_load_pipeline(base.folder, chosen.plan, base.device), choice=chosen, plan=chosen.plan, _at_work=Counter())
+    carded._settle()
+    return carded
+
+
+# ---- bytes
+
+
+def test_flux_dev_has_the_parameters_that_its_makers_name(flux):
+    """11.9 and 4.76 billion."""
+    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in flux.modules.items()}
+    assert parameters["transformer"] == 11_901_408_320 and parameters["text_encoder_2"] == 4_762_310_656
+    assert all(p.is_meta for module in flux.modules.values() for p in module.parameters())
+    assert flux.tokens(1024) == 4096 and flux.width == 3072
+
+
+def test_predicted_weights_are_those_that_are_loaded(base):
+    model = Model.of(base.folder)
+    for part in plan.COMPONENTS:
+        loaded = sum(p.numel() * p.element_size() for p in getattr(base.pipeline, part).parameters())
+        assert model.weights(part, "float32") == loaded == 2 * model.weights(part, "bf16")
+
+
+def test_fewer_bits_take_fewer_bytes(flux):
+    sizes = [flux.weights("transformer", precision) for precision in ("float32", "bf16", "fp8", "4-bit")]
+    assert sizes == sorted(sizes, reverse=True) and 0.5 < sizes[2] / sizes[1] < 0.51 and 0.25 < sizes[3] / sizes[1] < 0.26
+    assert flux.weights("vae", "4-bit") == flux.weights("vae", "bf16") == flux.weights("vae", "fp8")
+    assert flux.weights("text_encoder_2", "4-bit") < flux.weights("text_encoder_2", "fp8") == flux.weights("text_encoder_2", "bf16")
+
+
+def test_predicted_fp8_weights_are_those_that_torchao_makes(base):
+    pytest.importorskip("torchao")
+    transformer = on_gpu(base, "fp8").transformer
+    parts = [t for p in transformer.parameters() for t in ((p.qdata, p.scale) if hasattr(p, "qdata") else (p,))]
+    assert Model.of(base.folder).weights("transformer", "fp8") == sum(t.numel() * t.element_size() for t in parts)
+
+
+def test_predicted_4_bit_weights_are_those_that_bitsandbytes_makes():
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(512, 768, quant_type="nf4", compress_statistics=True).to("cpu")
+    state = [t for t in layer.weight.quant_state.as_dict().values() if isinstance(t, torch.Tensor)]
+    bytes_there = sum(t.numel() * t.element_size() for t in [layer.weight, *state]) + 4  # an offset beside the tables
+    assert plan.count(nn.Sequential(nn.Linear(512, 768, bias=False))).size("4-bit") == bytes_there
+
+
+# ---- activations
+
+
+class CardsNorm(torch.autograd.Function):
+    """Keeps what the RMS norm of a card keeps. The meta device knows only the one that is put together from small steps."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x[..., :1].float())
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone(), None
+
+
+def the_step(model: Model, transformer: nn.Module, work: Work, device: str, dtype: torch.dtype, checkpointing: bool) -> tuple[int, int, int]:
+    """Bytes at most in a training step with zeros; those predicted without the adapter; those of its gradients, which come while the rest goes."""
+    shape = AdapterConfig(work.rank, work.meta_rank)
+    downs = {n: torch.zeros(work.meta_rank, layer.in_features, device=device) for n, layer in find_targets(transformer, work.targets).items()}
+    c, b, side = transformer.config, work.batch, work.train_resolution // 16
+    zeros = partial(torch.zeros, device=device, dtype=dtype)
+    given = dict(
+        hidden_states=zeros(b, side**2, c.in_channels), timestep=zeros(b), guidance=zeros(b), encoder_hidden_states=zeros(b, work.text_tokens, c.joint_attention_dim),
+        pooled_projections=zeros(b, c.pooled_projection_dim), txt_ids=zeros(work.text_tokens, 3), img_ids=zeros(side**2, 3), return_dict=False,
+    )  # fmt: skip
+    with attach(transformer, downs, shape) as heads:
+        heads.train_down(work.learns_down)
+        with Peak() as watched:
+            transformer(**given)[0].float().square().mean().backward()
+        gradients = sum(4 * p.numel() for p in adapter.trainable(heads))
+    return watched.most, model.step(work, checkpointing, dtype.itemsize) - model._adapter(work), gradients
+
+
+@pytest.mark.parametrize("learns_down", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_step_of_flux_dev_takes_what_is_predicted(flux, monkeypatch, learns_down, checkpointing):
+    """With its real widths, blocks and lengths on the meta device, through the kernels that a card would choose."""
+    flash = lambda query, key, value, **more: torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]  # noqa: E731
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight=None, eps=None: CardsNorm.apply(x, weight))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
+    transformer = flux.modules["transformer"].to(torch.bfloat16)
+    getattr(transformer, f"{'en' if checkpointing else 'dis'}able_gradient_checkpointing")()
+    work = replace(WORK["person"], learns_down=learns_down)
+    measured, predicted, gradients = the_step(flux, transformer, work, "meta", torch.bfloat16, checkpointing)
+    assert 0.95 * predicted < measured < 1.05 * predicted + gradients
+
+
+@pytest.mark.parametrize("double,single,tokens,batch", [(1, 1, 64, 1), (3, 1, 32, 2), (1, 3, 128, 1)])
+def test_a_training_step_of_any_shape_takes_what_is_predicted(base, double, single, tokens, batch):
+    """Computed, not only watched: on the CPU, where layer inputs are kept whatever learns."""
+    config = {**base.transformer.config, "num_layers": double, "num_single_layers": single, "num_attention_heads": 8}
+    model = Model({**Model.of(base.folder).configs, "transformer": config})
+    transformer = type(base.transformer).from_config(config)
+    work = Work(512, 512, tokens, batch, 1, 1, 4, True, WORK["person"].targets)
+    measured, predicted, gradients = the_step(model, transformer, work, "cpu", torch.float32, False)
+    assert 0.9 * predicted < measured < 1.1 * predicted + gradients
+
+
+def test_without_the_input_the_gradients_are_the_same():
+    x = torch.randn(5, 12, requires_grad=True)
+    down, mid, up = torch.randn(4, 12), torch.randn(2, 4, requires_grad=True), torch.randn(7, 2, requires_grad=True)
+    results = []
+    for keep in (True, False):
+        y = adapter.delta(x, down, mid, up, keep)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, mid, up))])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+# ---- choosing
+
+
+@pytest.mark.parametrize("kind", WORK)
+@given(gigabytes=st.floats(1, 200), more=st.floats(0, 50))
+def test_a_larger_card_never_gets_a_slower_plan_and_none_is_overfilled(needs, kind, gigabytes, more):
+    chosen = []
+    for size in (gigabytes * GIB, (gigabytes + more) * GIB):
+        try:
+            choice = choose(size, None, needs[kind])
+        except MetaLoraError:
+            chosen.append(len(PLANS))
+            continue
+        need = choice.needs[choice.plan.name]
+        assert need.gpu == max(need.phases.values()) + plan.RESERVE <= size
+        assert list(choice.passed_over) == [p.name for p in PLANS[: PLANS.index(choice.plan)]]
+        chosen.append(PLANS.index(choice.plan))
+    assert chosen[1] <= chosen[0]
+
+
+@pytest.mark.parametrize("card,name", {80: "resident", 48: "resident", 40: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit-checkpointing", 10: "offload"}.items())
+def test_cards_of_every_size(needs, card, name):
+    choice = choose(card * GIB, None, needs["person"])
+    assert choice.plan == BY_NAME[name] and f"plan {name}: " in choice.says
+    for passed, reason in choice.passed_over.items():
+        assert reason.startswith(f"{passed} needs ") and reason.endswith(f"{card}.0 GiB are there.")
+
+
+def test_a_card_too_small_a_machine_too_small_and_a_cpu(needs):
+    with pytest.raises(MetaLoraError, match=r"needs 8\.\d GiB of free memory on the card at the least, and 6\.0 GiB are free; close other programs"):
+        choose(6 * GIB, None, needs["person"])
+    with pytest.raises(MetaLoraError, match="and this machine has 16.0 GiB; use --base miniature"):
+        choose(None, 16 * GIB, needs["person"])
+    assert choose(None, 128 * GIB, needs["person"]).plan == plan.ON_CPU
+    assert choose(80 * GIB, 32 * GIB, needs["person"]).plan.name == "fp8"  # for bf16 weights come through system memory
+
+
+def test_a_named_plan_is_taken_and_an_unknown_one_is_not(needs):
+    assert choose(80 * GIB, None, needs["person"], "4-bit").plan == BY_NAME["4-bit"]
+    with pytest.raises(MetaLoraError, match="no plan quick for a GPU; choose resident, lean"):
+        choose(80 * GIB, None, needs["person"], "quick")
+    with pytest.raises(MetaLoraError, match="no plan fp8 on a CPU; choose cpu"):
+        choose(None, None, needs["person"], "fp8")
+
+
+def test_every_step_down_needs_less(needs):
+    choice, at = choose(80 * GIB, None, needs["plain"]), PLANS[0]
+    seen = []
+    while at:
+        seen.append(sum(choice.needs[at.name].phases.values()))
+        at = choice.below(at)
+    assert seen == sorted(set(seen), reverse=True) and len(seen) > 4
+    assert choice.below(plan.ON_CPU) is None
+
+
+def test_a_missing_library_is_a_sentence(monkeypatch):
+    def missing(name):
+        raise __import__("importlib.metadata").metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    with pytest.raises(MetaLoraError, match="pip install bitsandbytes=="):
+        configs_for("4-bit", torch.bfloat16)
+    with pytest.raises(MetaLoraError, match="pip install torchao=="):
+        configs_for("fp8", torch.bfloat16)
+    assert configs_for("bf16", torch.bfloat16) == {}
+
+
+# ---- going down
+
+
+def fail_at(base: Base, monkeypatch, calls: list[int]):
+    """The transformer runs out of memory at these calls of it."""
+    velocity, seen = Base.velocity, []
+
+    def failing(self, *given):
+        seen.append(self.plan.name)
+        predicted = velocity(self, *given)
+        if len(seen) in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predicted
+
+    monkeypatch.setattr(Base, "velocity", failing)
+    return seen
+
+
+def test_memory_that_runs_out_while_learning_loses_nothing(base, meta_down, photo, config, monkeypatch, caplog):
+    carded = on_gpu(base, "resident")
+    _, whole = run(adapt(carded, meta_down, photo, config))
+    seen = fail_at(carded, monkeypatch, [3, 6])
+    reports, identity = run(adapt(carded, meta_down, photo, config))
+    assert len(reports) == config.steps and len(set(seen)) == 3 and seen[0] == "resident" and carded.plan.name == seen[-1]
+    assert identity.sha256 == whole.sha256  # bf16 under all of these plans, and checkpointing computes the same
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2 and "ran out of memory with the plan resident; going on with " in said[0]
+
+
+def test_memory_that_runs_out_below_the_last_plan_is_a_sentence(base, meta_down, photo, config, monkeypatch):
+    fail_at(base, monkeypatch, [2])
+    with pytest.raises(MetaLoraError, match="not enough free memory"):
+        run(adapt(base, meta_down, photo, config))
+    assert all(isinstance(m, nn.Linear) for m in find_targets(base.transformer, base.settings.adapter.targets).values())
+
+
+def test_going_down_to_fewer_bits_keeps_what_was_learnt(base, meta_down, photo, config, monkeypatch):
+    pytest.importorskip("torchao")
+    carded = on_gpu(base, "lean-checkpointing")
+    short, (_, before) = replace(config, steps=4), (None, None)
+    _, whole = run(adapt(carded, meta_down, photo, short))
+    fail_at(carded, monkeypatch, [4])
+    _, identity = run(adapt(carded, meta_down, photo, short))
+    assert carded.plan.precision == "fp8" and not any(p.is_meta for p in carded.transformer.parameters())
+    for name, (mid, up) in whole.factors.items():  # three of four steps are the same, the last differs by the weights' rounding
+        torch.testing.assert_close(identity.factors[name][1], up, rtol=0.3, atol=0.02)
+        assert torch.nn.functional.cosine_similarity(identity.factors[name][1].flatten(), up.flatten(), dim=0) > 0.9
+
+
+def test_a_picture_that_the_memory_does_not_do_for_is_drawn_again(base, meta_down, photo, config, monkeypatch):
+    carded = on_gpu(base, "resident")
+    _, identity = run(adapt(base, meta_down, photo, config))
+    person = Person(identity.to_lora(meta_down), "sks woman", identity.sha256)
+    draw = partial(generate, carded, ["a photo of {person}"], [person], GenerateConfig(count=2))
+    whole = [image.tobytes() for image in draw()]
+    decode, calls, steps = carded.vae.decode, [], []
+
+    def failing(*given, **more):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(*given, **more)
+
+    monkeypatch.setattr(carded.vae, "decode", failing)
+    images = draw(on_step=lambda done, every: steps.append(done / every))
+    assert [image.tobytes() for image in images] == whole and carded.plan.name == "lean" and max(steps) == 1
+    unload_people(carded)
+
+
+# ---- fewer bits
+
+
+def test_a_frozen_fp8_layer_has_the_gradient_of_its_weights_and_keeps_none(base):
+    pytest.importorskip("torchao")
+    layer = find_targets(on_gpu(base, "fp8").transformer, base.settings.adapter.targets)["transformer_blocks.0.attn.to_q"]
+    weight, x = layer.weight.dequantize(), torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = adapter.Frozen.apply(x, layer)
+    assert adapter.is_torchao(layer) and not kept and torch.equal(y, layer(x))
+    grad = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], grad @ weight)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-checkpointing"])
+def test_a_person_is_learnt_and_drawn_with_fp8_weights(base, meta_down, photo, config, name):
+    pytest.importorskip("torchao")
+    carded = on_gpu(base, name)
+    assert carded.transformer.is_gradient_checkpointing or name == "fp8"
+    reports, identity = run(adapt(carded, meta_down, photo, config))
+    _, plain = run(adapt_plain(carded, carded.settings.adapter, "woman", photo, config))
+    assert reports[0].loss > 0 and any(up.abs().max() > 0 for _, up in identity.factors.values()) and plain.is_plain
+    person = Person(identity.to_lora(meta_down), "sks woman", identity.sha256)
+    alone, with_person = (next(generate(carded, ["a photo"], people)) for people in ([], [person]))
+    assert alone.tobytes() != with_person.tobytes()
+    unload_people(carded)
+    assert next(generate(carded, ["a photo"])).tobytes() == alone.tobytes()
