@@ -20,6 +20,7 @@ def settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Meta-LoRA: one photo of a face in, pictures and a LoRA file out.")
     parser.add_argument("--base", default=env("METALORA_BASE", "miniature"), help="miniature, a Hub id or a folder [METALORA_BASE]")
     parser.add_argument("--meta-down", default=env("METALORA_META_DOWN"), help="a Hub id[@revision] or a folder [METALORA_META_DOWN]")
+    parser.add_argument("--plan", default=env("METALORA_PLAN"), help="how to use the GPU's memory; the fastest that fits when not given [METALORA_PLAN]")
     parser.add_argument("--host", default=env("METALORA_HOST"), help="address to serve on; 0.0.0.0 for all [METALORA_HOST]")
     parser.add_argument("--port", type=int, default=env("METALORA_PORT"), help="port; the first free one from 7860 on when not given [METALORA_PORT]")
     parser.add_argument("--share", action="store_true", default=env("METALORA_SHARE", "").lower() in ("1", "true", "yes"), help="a public link [METALORA_SHARE]")
@@ -32,7 +33,7 @@ def start(chosen: argparse.Namespace) -> Blocks:
     from metalora.samples import PEOPLE, sample_people
     from metalora.studio import Studio
 
-    studio = Studio(chosen.base, chosen.meta_down)
+    studio = Studio(chosen.base, chosen.meta_down, chosen.plan)
     page = build(studio, *sample_people())
     page.queue(max_size=32).launch(
         server_name=chosen.host, server_port=chosen.port, share=chosen.share, theme=THEME, css_paths=STYLE, prevent_thread_lock=True,

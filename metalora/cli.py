@@ -27,10 +27,11 @@ from .config import DEFAULT_BASE
 from .errors import Cancelled, MetaLoraError
 
 if TYPE_CHECKING:
+    from .base import Base
     from .personalizer import Personalizer
 
 DEBUG = "METALORA_DEBUG"
-SEVERAL = ("--held-out", "--against", "--learnt-from", "--method")  # options after which several values may stand
+SEVERAL = ("--held-out", "--against", "--learnt-from", "--method", "--memory")  # options after which several values may stand
 CHECK_PICTURES = 4  # generated after adapting, where there are held-out photos to compare with
 Result = tuple[dict[str, Any], str]  # for --json, and for people; an empty one is not printed
 
@@ -44,6 +45,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives th
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where the result goes.")]
 BaseName = Annotated[str, typer.Option("--base", envvar="METALORA_BASE", help="miniature, a Hub id or a folder.")]
 MetaDownName = Annotated[str | None, typer.Option("--meta-down", envvar="METALORA_META_DOWN", help="A Hub id[@revision] or a folder; the base's own when not given.")]
+PlanName = Annotated[str | None, typer.Option("--plan", envvar="METALORA_PLAN", help="How to use the GPU's memory, by name; the fastest plan that fits when not given.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 
 
@@ -85,7 +87,7 @@ def _end(sentence: str, code: int, as_json: bool) -> None:
 def adapt(
     photos: Photos, domain: Domain, output: Output, held_out: HeldOut = None, steps: Steps = None, seed: Seed = 0,
     face: Annotated[int | None, typer.Option("--face", min=1, help="Which face, counted from the left, where a photo shows several.")] = None,
-    base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, json: Json = False,
+    base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Learn a person from one photo or several; writes an identity file."""
     _check_file(output)
@@ -93,7 +95,7 @@ def adapt(
     from .progress import Line
 
     images, others = ([load_photo(path) for path in paths] for paths in (photos, held_out or []))
-    personalizer = _open(base, meta_down)
+    personalizer = _open(base, meta_down, plan)
     for image in others:
         personalizer.pick(image)
     if personalizer.is_plain:
@@ -123,7 +125,7 @@ def generate(
     guidance: Annotated[float | None, typer.Option("--guidance", help="How strictly the prompt is followed.")] = None,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Width and height in px.")] = None,
     strength: Annotated[float, typer.Option("--strength", help="How strongly the person comes in; below 1 the prompt counts for more.")] = 1.0,
-    base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, json: Json = False,
+    base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Generate pictures of a person into a folder; each PNG says in its metadata what made it."""
     _check_folder(output)
@@ -133,7 +135,7 @@ def generate(
     from .progress import Line
 
     person = Identity.load(identity)
-    personalizer = _open(base, meta_down)
+    personalizer = _open(base, meta_down, plan)
     paths: list[Path] = []
     with Line() as line:
         pictures = personalizer.generate_each(
@@ -150,14 +152,14 @@ def generate(
 def export(
     identity: Annotated[Path, typer.Argument(metavar="ME.safetensors", help="The identity file that adapt wrote.")],
     output: Output, format: Annotated[str, typer.Option("--format", help="diffusers (also for ComfyUI) or kohya.")] = "diffusers",
-    base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, json: Json = False,
+    base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Write a person as an ordinary LoRA that other programs read."""
     _check_file(output)
     from .identity import Identity
 
     person = Identity.load(identity)
-    _open(base, meta_down).export(person, output, format)
+    _open(base, meta_down, plan).export(person, output, format)
     return {"output": str(output), "format": format, "identity": person.sha256}, f"{output}: a LoRA of rank {person.rank} under {format} names"
 
 
@@ -192,7 +194,7 @@ def meta_train(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of many people's photos, with metadata.jsonl.")],
     domain: Domain, output: Output, name: Annotated[str | None, typer.Option("--name", help="What to call it; the output folder's name when not given.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Buckets of people to go through.")] = None,
-    seed: Seed = 0, base: BaseName = DEFAULT_BASE, json: Json = False,
+    seed: Seed = 0, base: BaseName = DEFAULT_BASE, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Learn the Meta-Down of a domain; stopped, it goes on from its last checkpoint. Also under accelerate launch."""
     _check_folder(output)
@@ -207,7 +209,7 @@ def meta_train(
     people = [[(item.path, item.text) for item in subject.items] for subject in load_dataset(dataset).of_domain(domain)]
     first = int(os.environ.get("RANK", 0)) == 0
     with Line() as line:
-        found = _finish(_meta_training(people, domain, output, name or output.name, rounds, seed, base), line.step if first else lambda report: None)
+        found = _finish(_meta_training(people, domain, output, name or output.name, rounds, seed, base, plan), line.step if first else lambda report: None)
     if not first:
         return {}, ""  # one of several processes speaks for all
     found.save(output)
@@ -216,7 +218,7 @@ def meta_train(
     return result, f"{output}: the Meta-Down of {len(people)} people of the domain {domain}"
 
 
-def _meta_training(people: list, domain: str, output: Path, name: str, rounds: int | None, seed: int, base: str) -> Generator:
+def _meta_training(people: list, domain: str, output: Path, name: str, rounds: int | None, seed: int, base: str, plan: str | None) -> Generator:
     from dataclasses import replace
 
     import torch
@@ -226,7 +228,8 @@ def _meta_training(people: list, domain: str, output: Path, name: str, rounds: i
     from .meta import meta_train as stage1
 
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()
-    opened = Base.open(base, f"cuda:{os.environ['LOCAL_RANK']}" if several else None)
+    opened = Base.open(base, f"cuda:{os.environ['LOCAL_RANK']}" if several else None, plan, "stage 1")
+    _say_plan(opened)
     config = replace(opened.settings.meta, seed=seed, rounds=rounds or opened.settings.meta.rounds)
     bucket = bucket_of_photos(opened, people, f"{opened.settings.trigger} {domain}")
     return stage1(opened, len(people), bucket, domain, config, name=name, folder=output)
@@ -239,7 +242,7 @@ def evaluate(
     output: Output, steps: Steps = None, seed: Seed = 0,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first people only.")] = None,
     part: Annotated[str | None, typer.Option("--part", metavar="K/N", help="Every N-th person from the K-th on, to share the work between processes.")] = None,
-    base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, json: Json = False,
+    base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Compare methods on people they have never seen; goes on where it was stopped."""
     _check_folder(output)
@@ -251,7 +254,7 @@ def evaluate(
 
     for each in method:
         Method.parse(each)
-    personalizer = _open(base, meta_down)
+    personalizer = _open(base, meta_down, plan)
     with Line() as line:
         summary = _finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, part=split), line.progress)
     return summary, f"{table(summary)}\n{output / 'summary.json'}\n{output / 'report.html'}"
@@ -271,18 +274,28 @@ def publish(
 
 
 @command
-def doctor(base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, json: Json = False) -> Result:
+def doctor(
+    memory: Annotated[list[float] | None, typer.Option("--memory", min=0.1, metavar="GB", help="Say also what the plan would be for a card of that size.")] = None,
+    base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, json: Json = False,
+) -> Result:  # fmt: skip
     """Say what is on this machine and what is missing; fetches nothing."""
     from .doctor import examine, lines
 
-    found = examine(base, meta_down)
+    found = examine(base, meta_down, memory or [])
     return found, lines(found)
 
 
-def _open(base: str, meta_down: str | None) -> Personalizer:
+def _open(base: str, meta_down: str | None, plan: str | None) -> Personalizer:
     from .personalizer import Personalizer
 
-    return Personalizer.open(base, meta_down)
+    personalizer = Personalizer.open(base, meta_down, plan=plan)
+    _say_plan(personalizer.base)
+    return personalizer
+
+
+def _say_plan(base: Base) -> None:
+    if base.device.type != "cpu":  # where there is only one
+        print(f"plan {base.choice.says}", file=sys.stderr)
 
 
 def _scorer(personalizer: Personalizer):

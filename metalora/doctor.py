@@ -1,4 +1,4 @@
-"""What is here and what is not: versions, device, memory, base, Meta-Downs, face pack, CLIP. Fetches nothing."""
+"""What is here and what is not: versions, device, memory and the plan for it, base, Meta-Downs, face pack, CLIP. Fetches nothing."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import hub
 from .config import BaseSettings
 from .errors import MetaLoraError
 from .metadown import MetaDown
 
+if TYPE_CHECKING:
+    from .plan import Learning
+
+FLUX = "black-forest-labs/FLUX.1-dev"  # the base whose configs are known without its files
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "insightface", "onnxruntime", "gradio")
 
 
-def examine(base: str, meta_down: str | None) -> dict[str, Any]:
-    """All findings; every part that is looked for has `ok` and `says`, and `ready` is whether all parts are ok."""
+def examine(base: str, meta_down: str | None, cards: Sequence[float] = ()) -> dict[str, Any]:
+    """All findings; every part that is looked for has `ok` and `says`, and `ready` is whether all parts are ok.
+
+    For each of `cards`, GPU memory in GiB, what the plan would be.
+    """
     parts: dict[str, dict[str, Any]] = {}
     _look(parts, "base", lambda: _base(base))
     folder = parts["base"].get("folder")
@@ -29,6 +36,12 @@ def examine(base: str, meta_down: str | None) -> dict[str, Any]:
         if parts["settings"]["ok"]:
             settings = BaseSettings.load(folder)
     known = hub.meta_down_places(settings.name or base)
+    plans: dict[str, dict[str, Any]] = {}
+    if folder or base == FLUX:
+        learning = "person" if known or meta_down else "plain"
+        _look(parts, "plan", lambda: _plan(folder, settings, learning, None))
+        for size in cards:
+            _look(plans, f"a card of {size:g} GiB", lambda: _plan(folder, settings, learning, size))
     places = {domain: meta_down for domain in hub.domains_in(meta_down) or [""]} if meta_down else known
     for domain, place in places.items():
         _look(parts, f"Meta-Down {domain}".strip(), lambda: _meta_down(place, domain, folder))
@@ -39,7 +52,7 @@ def examine(base: str, meta_down: str | None) -> dict[str, Any]:
     _look(parts, "CLIP", lambda: _clip(settings.clip))
     return {
         "ready": all(part["ok"] for part in parts.values()), "python": platform.python_version(), "system": platform.platform(),
-        "packages": {name: version(name) for name in PACKAGES}, **device(), "parts": parts,
+        "packages": {name: version(name) for name in PACKAGES}, **device(), "parts": parts, "cards": plans,
     }  # fmt: skip
 
 
@@ -48,7 +61,11 @@ def lines(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version or 'MISSING'}" for name, version in found["packages"].items())
     memory = f"{found['memory_gib']:.0f} GiB memory, {found['disk_free_gib']:.0f} GiB free on the disk"
     head = [f"Python {found['python']} on {found['system']}", versions, f"device: {found['device']}; {memory}"]
-    return "\n".join([*head, *(f"{'ok     ' if part['ok'] else 'MISSING'}  {name}: {part['says']}" for name, part in found["parts"].items())])
+    return "\n".join([*head, *(line for kind in ("parts", "cards") for name, part in found[kind].items() for line in _lines(name, part))])
+
+
+def _lines(name: str, part: dict[str, Any]) -> list[str]:
+    return [f"{'ok     ' if part['ok'] else 'MISSING'}  {name}: {part['says']}", *(f"         not {reason}" for reason in part.get("passed_over", {}).values())]
 
 
 def _look(parts: dict[str, dict[str, Any]], name: str, look: Callable[[], dict[str, Any]]) -> None:
@@ -63,6 +80,21 @@ def _base(name: str) -> dict[str, Any]:
 
     folder = hub.base_folder(name, download=False)
     return {"says": f"{name} in {folder}", "folder": str(folder), "fingerprint": fingerprint(folder)}
+
+
+def _plan(folder: str | None, settings: BaseSettings, learning: Learning, card: float | None) -> dict[str, Any]:
+    """The plan for a card of `card` GiB, or for this machine."""
+    import torch
+
+    from . import plan
+
+    needs = plan.Model.of(Path(folder) if folder else None).needs(plan.Work.of(settings, learning))
+    if card is None:
+        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        choice = plan.choose(plan.card(here), plan.system_memory(), needs)
+    else:
+        choice = plan.choose(int(card * plan.GIB), None, needs)
+    return {"says": choice.says, "plan": choice.plan.name, "passed_over": choice.passed_over, "gpu_bytes": choice.needs[choice.plan.name].gpu}
 
 
 def _meta_down(place: str, domain: str, base: str | None) -> dict[str, Any]:

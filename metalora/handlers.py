@@ -72,7 +72,8 @@ class Handlers:
         except MetaLoraError as error:
             return [cards.status(str(error), "fault"), *[gr.skip()] * 7]
         base, s = personalizer.base, personalizer.base.settings
-        text = f"{base.name} · {s.resolution}×{s.resolution} px · {base.device} · ready"
+        device = f"{base.device}, plan {base.plan.name}" if base.device.type == "cuda" else base.device
+        text = f"{base.name} · {s.resolution}×{s.resolution} px · {device} · ready"
         if personalizer.is_plain:
             text += f"; without a Meta-Down people are learnt as ordinary LoRAs of rank {s.plain_rank}"
         return [

@@ -232,7 +232,7 @@ class Choice:
         """One sentence."""
         need = self.needs[self.plan.name]
         where = f"up to {need.gpu / GIB:.1f} GiB on the card and {need.system / GIB:.1f} GiB" if need.gpu else f"up to {need.system / GIB:.1f} GiB"
-        return f"plan {self.plan.name}: {describe(self.plan)}; {where} of system memory"
+        return f"{self.plan.name}: {describe(self.plan)}; {where} of system memory"
 
     def below(self, plan: Plan) -> Plan | None:
         """The next plan that needs less of the card for some piece of work and more for none; None where there is none."""

@@ -96,6 +96,7 @@ class Studio:
 
     base: str
     meta_down: str | None = None
+    plan: str | None = None
     _opened: Future | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -111,7 +112,7 @@ class Studio:
     def _open(self) -> Personalizer:
         from .personalizer import Personalizer
 
-        personalizer = Personalizer.open(self.base, self.meta_down)
+        personalizer = Personalizer.open(self.base, self.meta_down, plan=self.plan)
         for domain in personalizer.domains:
             personalizer.meta_down(domain)
         personalizer.finder  # loaded now, so that the first photo need not wait

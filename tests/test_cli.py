@@ -171,6 +171,24 @@ def test_the_doctor_names_what_is_there_and_what_is_not(call, tiny_base):
     assert not found["ready"] and "no folder /nowhere" in found["parts"]["base"]["says"]
 
 
+def test_the_doctor_says_what_fits_which_card(call):
+    sizes = {80: "resident", 48: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit-checkpointing", 10: "offload"}
+    ask = ["doctor", "--base", "black-forest-labs/FLUX.1-dev", "--meta-down", "nowhere", "--memory", *sizes, 6]
+    cards = json.loads(call(*ask, "--json")[1])["cards"]
+    assert [cards[f"a card of {size} GiB"]["plan"] for size in sizes] == list(sizes.values())
+    assert list(cards["a card of 24 GiB"]["passed_over"]) == ["resident", "lean", "resident-checkpointing", "lean-checkpointing"]
+    out = call(*ask)[1]
+    assert "ok       a card of 24 GiB: fp8: fp8 weights" in out and "not lean needs 33." in out
+    assert "MISSING  a card of 6 GiB: This base needs 8." in out and "close other programs" in out
+    assert json.loads(call("doctor", "--json")[1])["parts"]["plan"]["plan"] == "cpu"
+
+
+def test_a_plan_may_be_named(call, people):
+    adapt = ["adapt", people / "ann-0.png", "--domain", "woman", "--output", "me.safetensors", "--steps", 1]
+    assert call(*adapt, "--plan", "cpu")[0] == 0
+    assert "There is no plan fp8 on a CPU" in refused(call, *adapt, "--plan", "fp8")
+
+
 # ---- what cannot be done
 
 

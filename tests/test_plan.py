@@ -163,7 +163,7 @@ def test_a_training_step_of_flux_dev_takes_what_is_predicted(flux, monkeypatch, 
     getattr(transformer, f"{'en' if checkpointing else 'dis'}able_gradient_checkpointing")()
     work = replace(WORK["person"], learns_down=learns_down)
     measured, predicted, gradients = the_step(flux, transformer, work, "meta", torch.bfloat16, checkpointing)
-    assert 0.95 * predicted < measured < 1.05 * predicted + gradients
+    assert 0.9 * predicted < measured < 1.05 * predicted + gradients
 
 
 @pytest.mark.parametrize("double,single,tokens,batch", [(1, 1, 64, 1), (3, 1, 32, 2), (1, 3, 128, 1)])
@@ -211,7 +211,7 @@ def test_a_larger_card_never_gets_a_slower_plan_and_none_is_overfilled(needs, ki
 @pytest.mark.parametrize("card,name", {80: "resident", 48: "resident", 40: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit-checkpointing", 10: "offload"}.items())
 def test_cards_of_every_size(needs, card, name):
     choice = choose(card * GIB, None, needs["person"])
-    assert choice.plan == BY_NAME[name] and f"plan {name}: " in choice.says
+    assert choice.plan == BY_NAME[name] and choice.says.startswith(f"{name}: ")
     for passed, reason in choice.passed_over.items():
         assert reason.startswith(f"{passed} needs ") and reason.endswith(f"{card}.0 GiB are there.")
 
