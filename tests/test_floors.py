@@ -23,7 +23,7 @@ FLOORS = [
     {"cards"},
     {"handlers"},
     {"samples", "page", "progress"},
-    {"cli", "bench"},
+    {"cli", "bench", "speed"},
     {"__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
