@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -22,12 +21,12 @@ from . import prompts
 from .adapter import Adapter, attach, random_downs
 from .base import Base
 from .cache import TrainingSet, encode, mirrored, to_tensor
-from .config import AdapterConfig, MetaConfig
+from .config import SETTINGS_FILE, AdapterConfig, MetaConfig
 from .errors import MetaLoraError
 from .files import load_tensors, save_tensors
 from .metadown import MetaDown
 from .photo import load_photo
-from .train import Clock, StepReport, fit, optimizer
+from .train import Clock, Share, StepReport, fit, optimizer
 
 CHECKPOINT = "checkpoint.safetensors"
 Bucket = Callable[[Sequence[int]], TrainingSet]  # numbers of subjects → their pictures, encoded, renumbered 0, 1, …
@@ -50,26 +49,27 @@ def meta_train(
 
     The generator's return value is the MetaDown. With a `folder`, its checkpoint is written every few rounds, and a run that
     finds one goes on from it exactly as if it had never stopped. In memory: `bucket=training_set.select`.
-    Under `accelerate launch` every process takes a bucket of its own, and Down is averaged over them after each round.
-    Raises MetaLoraError where there are too few subjects, or the checkpoint is of other settings.
+    Under `accelerate launch` the processes share every batch: the result is that of one process, to rounding.
+    Raises MetaLoraError where there are too few subjects or too many processes, or the checkpoint is of other settings.
     """
     shape = adapter or base.settings.adapter
     size = min(config.bucket_size, subjects)
     if size < 1:
         raise MetaLoraError(f"There is no subject of the domain {domain} to learn from; check the dataset's metadata.jsonl.")
-    rank, world = _processes(base.device)
+    share = _share(base.device)
+    if share.world > config.batch_size:
+        raise MetaLoraError(f"{share.world} processes cannot share batches of {config.batch_size}; start {config.batch_size} at most, or raise meta.batch_size in {SETTINGS_FILE}.")
     checkpoint = Path(folder) / CHECKPOINT if folder else None
-    stamp = {"processes": str(world), "config": repr(replace(config, rounds=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
+    stamp = {"config": repr(replace(config, rounds=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
     state = _resume(checkpoint, stamp) or _begin(base, shape, config)
     clock = Clock(config.rounds * config.bucket_steps, state.round * config.bucket_steps)
     with attach(base.transformer, state.downs, shape, size) as heads, base.resident("transformer"):
         for number in range(state.round, config.rounds):
-            place = number * world + rank
-            data = bucket(_members(subjects, size, place, config.seed)).to(base.device, base.dtype)
-            for loss in _round(base, heads, data, state, config, place):
+            data = bucket(_members(subjects, size, number, config.seed)).to(base.device, base.dtype)
+            for loss in _round(base, heads, data, state, config, number, share):
                 yield clock.tick(loss)
             state.downs, state.round = heads.down_tensors(), number + 1
-            if checkpoint and rank == 0 and (state.round % config.checkpoint_every == 0 or state.round == config.rounds):
+            if checkpoint and share.rank == 0 and (state.round % config.checkpoint_every == 0 or state.round == config.rounds):
                 _save(checkpoint, state, stamp)
     summary = {**asdict(config), "subjects": subjects, "steps": clock.steps}
     return MetaDown(state.downs, shape, name, domain, base.name, base.fingerprint, summary)
@@ -91,39 +91,28 @@ def _members(subjects: int, size: int, number: int, seed: int) -> list[int]:
     return chosen
 
 
-def _round(base: Base, heads: Adapter, data: TrainingSet, state: _State, config: MetaConfig, number: int) -> Iterator[float]:
+def _round(base: Base, heads: Adapter, data: TrainingSet, state: _State, config: MetaConfig, number: int, share: Share) -> Iterator[float]:
     """One bucket: fresh heads, warm-up with Down held, then all three. Draws depend on the seed and the round alone."""
     generator = torch.Generator().manual_seed(hash((config.seed, -1 - number)) % 2**63)
     heads.start(generator)
     of_heads = optimizer(heads.heads(), config.learning_rate, config.weight_decay)
     of_down = optimizer(heads.downs(), config.down_learning_rate, config.weight_decay)
-    common = dict(batch_size=config.batch_size, generator=generator, flow_config=config.flow, max_grad_norm=config.max_grad_norm)
+    common = dict(batch_size=config.batch_size, generator=generator, flow_config=config.flow, max_grad_norm=config.max_grad_norm, share=share)
     heads.train_down(False)
     yield from fit(base, heads, data, [of_heads], steps=config.warmup_steps, **common)
     heads.train_down(True)
     _load_moments(of_down, heads, state.moments)
     yield from fit(base, heads, data, [of_heads, of_down], steps=config.bucket_steps - config.warmup_steps, **common)
     heads.train_down(False)
-    _average([layer.down for layer in heads.layers.values()], [v for m in of_down.state.values() for v in m.values()])
     state.moments = _moments(of_down, heads)
 
 
-def _processes(device: torch.device) -> tuple[int, int]:
-    """This process's number and how many there are; joins the others where a launcher started several."""
+def _share(device: torch.device) -> Share:
+    """This process's part of every batch; joins the others where a launcher started several."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         state = PartialState(cpu=device.type == "cpu")
-        return state.process_index, state.num_processes
-    return 0, 1
-
-
-@torch.no_grad()
-def _average(*groups: Sequence[Tensor]) -> None:
-    """Mean over all processes, in place."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in (t for group in groups for t in group):
-            shared = tensor.to(next(iter(groups[0])).device)  # the step count lies on the CPU, where NCCL cannot reach it
-            dist.all_reduce(shared)
-            tensor.copy_(shared / dist.get_world_size())
+        return Share(state.process_index, state.num_processes)
+    return Share()
 
 
 def _moments(of_down: torch.optim.Optimizer, heads: Adapter) -> dict[str, Tensor]:

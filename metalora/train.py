@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,15 +73,30 @@ def draw_rows(data: TrainingSet, batch_size: int, generator: torch.Generator) ->
         yield torch.stack(picks)
 
 
-def flow_loss(base: Base, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig) -> Tensor:
-    """Rectified-flow loss of the pictures `rows` (batch,), with latent sample, noise and noise level drawn from `generator`."""
+class Share(NamedTuple):
+    """Which rows of a batch are this process's: every `world`-th from `rank` on."""
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Those of (batch, ...)."""
+        return rows[self.rank :: self.world]
+
+
+def flow_loss(base: Base, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share = Share()) -> Tensor:
+    """Rectified-flow loss of the pictures `rows` (batch,), with latent sample, noise and noise level drawn from `generator`.
+
+    All draws are made for the whole batch; with a `share` only its rows are worked on, and the shares' losses add up.
+    """
     shape = (2, len(rows), *data.mean.shape[1:])
-    spread, noise = torch.randn(shape, generator=generator).to(data.mean.device)  # each (batch, tokens, 64)
-    sigma = flow.sample_sigmas(len(rows), generator, config).to(data.mean.device)
+    draws = torch.randn(shape, generator=generator), flow.sample_sigmas(len(rows), generator, config)
+    whole, rows = len(rows), share.of(rows)
+    spread, noise, sigma = (share.of(t).to(data.mean.device) for t in (*draws[0], draws[1]))  # two (batch, tokens, 64), one (batch,)
     x = data.mean[rows] + data.std[rows] * spread
     noisy = flow.interpolate(x, noise, sigma).to(base.dtype)
     predicted = base.velocity(noisy, sigma, data.text.rows(data.caption[rows]), data.image_ids, base.settings.train_guidance)
-    return F.mse_loss(predicted.float(), flow.target(x, noise))
+    return F.mse_loss(predicted.float(), flow.target(x, noise)) * (len(rows) / whole)
 
 
 def fit(
@@ -95,10 +111,12 @@ def fit(
     flow_config: FlowConfig,
     max_grad_norm: float,
     rate: Callable[[int], float] = lambda step: 1.0,
+    share: Share = Share(),
 ) -> Iterator[float]:
     """Train the adapter's open factors for `steps` steps and yield the loss of each.
 
     `rate` multiplies every optimiser's own learning rate. Every draw comes from `generator`, which lives on the CPU.
+    With a `share` every process works on its rows of each batch, and gradients are summed: all take the same steps.
     Raises MetaLoraError where the loss is no longer a number.
     """
     parameters = list(trainable(adapter))
@@ -107,8 +125,10 @@ def fit(
     try:
         for step in range(steps):
             rows = next(batches).to(data.subject.device)
-            adapter.use_rows(data.subject[rows] if adapter.count > 1 else None)
-            value = _gradients(base, adapter, data, rows, generator, flow_config)
+            adapter.use_rows(share.of(data.subject[rows]) if adapter.count > 1 else None)
+            value = _gradients(base, adapter, data, rows, generator, flow_config, share)
+            if share.world > 1:
+                value = _sum_over_processes(parameters, value)
             if not math.isfinite(value):
                 raise MetaLoraError("The training went astray (the loss is not a number); lower the learning rate and start again.")
             nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -124,13 +144,25 @@ def fit(
             group["lr"] = lr
 
 
-def _gradients(base: Base, adapter: Adapter, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig) -> float:
+def _sum_over_processes(parameters: Sequence[nn.Parameter], loss: float) -> float:
+    """Gradients and loss, in one message."""
+    gradients = [p.grad for p in parameters]
+    flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([loss])])
+    dist.all_reduce(flat)
+    *parts, total = flat.split([*(g.numel() for g in gradients), 1])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
+    return total.item()
+
+
+def _gradients(
+    base: Base, adapter: Adapter, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share
+) -> float:  # fmt: skip
     """The loss of one step, its gradients left with the parameters; a step that the memory does not do for is done again."""
     start = generator.get_state()
 
     def step() -> float:
         with _repeatable(base.device):
-            loss = flow_loss(base, data, rows, generator, config)
+            loss = flow_loss(base, data, rows, generator, config, share)
             loss.backward()
         return loss.item()
 
