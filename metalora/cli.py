@@ -206,7 +206,7 @@ def meta_train(
     from .meta import CHECKPOINT
     from .progress import Line
 
-    people = [[(item.path, item.text) for item in subject.items] for subject in load_dataset(dataset).of_domain(domain)]
+    people = [[(item.path, item.text) for item in subject.items] for subject in load_dataset(dataset, open_pictures=True).of_domain(domain)]
     first = int(os.environ.get("RANK", 0)) == 0
     with Line() as line:
         found = _finish(_meta_training(people, domain, output, name or output.name, rounds, seed, base, plan), line.step if first else lambda report: None)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import MetaLoraError
+from .photo import load_photo
 
 METADATA, PROMPTS = "metadata.jsonl", "prompts.txt"
 KEYS = ("file_name", "text", "identity", "domain", "role")
@@ -59,12 +61,12 @@ class Dataset:
         return found
 
 
-def load_dataset(folder: str | Path, *, need_prompts: bool = False, need_others: bool = False) -> Dataset:
-    """Read a dataset folder; the pictures themselves are not opened.
+def load_dataset(folder: str | Path, *, need_prompts: bool = False, need_others: bool = False, open_pictures: bool = False) -> Dataset:
+    """Read a dataset folder. The pictures themselves are opened only with `open_pictures`, once, to see whether they can be.
 
     Raises one MetaLoraError that lists every fault at once: lines that are no JSON object, missing keys, unknown roles,
     pictures that are not there, lie outside the folder or come twice, a person of two domains or without a reference, and,
-    where they are needed, missing prompts and people without other photos.
+    where they are needed, missing prompts, people without other photos and pictures that cannot be read.
     """
     folder = Path(folder).expanduser()
     if not (folder / METADATA).is_file():
@@ -83,6 +85,8 @@ def load_dataset(folder: str | Path, *, need_prompts: bool = False, need_others:
     prompts = [line.strip() for line in _lines(folder / PROMPTS, faults) if line.strip()] if (folder / PROMPTS).is_file() else []
     if need_prompts and not prompts:
         faults.append(f"{PROMPTS} is missing or empty; write one prompt a line")
+    if open_pictures:
+        faults += _unreadable([item.path for s in subjects.values() for item in s.items])
     if not subjects and not faults:
         faults.append(f"{METADATA} is empty")
     if faults:
@@ -129,6 +133,20 @@ def _add(line: str, folder: Path, subjects: dict[str, Subject], seen: set[PurePo
     # A faulty line counts as far as it goes, so that one fault is not told twice.
     (subject.others if row["role"] == "other" else subject.references).append(Item(folder / name, row["text"]))
     return faults
+
+
+def _unreadable(paths: list[Path]) -> list[str]:
+    """What is wrong with the pictures that cannot be read; those that are not there have been told of."""
+
+    def fault(path: Path) -> str | None:
+        try:
+            load_photo(path)
+        except MetaLoraError as error:
+            return f"{path.name}: {error}"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        return [found for found in pool.map(fault, (path for path in paths if os.path.isfile(path))) if found]
 
 
 def _listed(folder: Path, faults: list[str]) -> str:

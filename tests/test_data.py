@@ -37,6 +37,14 @@ def fault_of(folder, **needs) -> str:
     return str(error.value)
 
 
+def test_pictures_that_cannot_be_read_are_told_with_the_other_faults(tmp_path):
+    folder = write(tmp_path, [row("a.png"), row("b.png", "bea"), row("c.png", "cia", "other")])
+    (folder / "b.png").write_bytes(b"no picture")
+    load_dataset(write(tmp_path / "good", [row()]), open_pictures=True)
+    told = fault_of(folder, open_pictures=True)
+    assert "2 faults" in told and "b.png" in told and "cia has no photo with the role reference" in told and "a.png" not in told
+
+
 def test_people_come_in_order_with_their_photos_and_prompts(tmp_path):
     rows = [row("b/1.png", "zoë"), row("a.png", "ann"), row("b/2.png", "zoë", "other", text="{person} laughing"), "", row("m.png", "max", domain="man")]
     found = load_dataset(write(tmp_path, rows))
