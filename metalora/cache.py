@@ -50,11 +50,13 @@ class TrainingSet:
         """The pictures of these subjects only, renumbered 0, 1, … in the order given."""
         number = torch.full((self.subjects,), -1, device=self.subject.device)
         number[torch.tensor(subjects)] = torch.arange(len(subjects), device=self.subject.device)
-        kept = (number[self.subject] >= 0).nonzero().flatten()
+        chosen = self.pictures((number[self.subject] >= 0).nonzero().flatten())
+        return replace(chosen, subject=number[chosen.subject])
+
+    def pictures(self, kept: Tensor) -> TrainingSet:
+        """The pictures at `kept` (k',), of the same subjects."""
         captions, caption = self.caption[kept].unique(return_inverse=True)
-        return replace(
-            self, mean=self.mean[kept], std=self.std[kept], text=self.text.rows(captions), caption=caption, subject=number[self.subject[kept]]
-        )
+        return replace(self, mean=self.mean[kept], std=self.std[kept], text=self.text.rows(captions), caption=caption, subject=self.subject[kept])
 
 
 def encode(base: Base, images: Tensor, captions: Sequence[str], subjects: Sequence[int] | None = None) -> TrainingSet:

@@ -194,7 +194,8 @@ def meta_train(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of many people's photos, with metadata.jsonl.")],
     domain: Domain, output: Output, name: Annotated[str | None, typer.Option("--name", help="What to call it; the output folder's name when not given.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Buckets of people to go through.")] = None,
-    seed: Seed = 0, base: BaseName = DEFAULT_BASE, plan: PlanName = None, json: Json = False,
+    seed: Seed = 0, log: Annotated[Path | None, typer.Option("--log", metavar="FOLDER", help="Write a TensorBoard log there.")] = None,
+    base: BaseName = DEFAULT_BASE, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Learn the Meta-Down of a domain; stopped, it goes on from its last checkpoint. Also under accelerate launch."""
     _check_folder(output)
@@ -204,18 +205,26 @@ def meta_train(
         raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
     from .data import load_dataset
     from .meta import CHECKPOINT
-    from .progress import Line
+    from .progress import Line, tensorboard
 
-    people = [[(item.path, item.text) for item in subject.items] for subject in load_dataset(dataset, open_pictures=True).of_domain(domain)]
+    people = load_dataset(dataset, open_pictures=True).of_domain(domain)
     first = int(os.environ.get("RANK", 0)) == 0
+    record = tensorboard(log, name or output.name) if log and first else None
     with Line() as line:
-        found = _finish(_meta_training(people, domain, output, name or output.name, rounds, seed, base, plan), line.step if first else lambda report: None)
+
+        def show(report: Any) -> None:
+            if first:
+                line.step(report)
+            if record:
+                record(report)
+
+        found = _finish(_meta_training(people, domain, output, name or output.name, rounds, seed, base, plan), show)
     if not first:
         return {}, ""  # one of several processes speaks for all
     found.save(output)
     (output / CHECKPOINT).unlink(missing_ok=True)
-    result = {"output": str(output), "domain": domain, "people": len(people), "sha256": found.sha256, "steps": found.training["steps"]}
-    return result, f"{output}: the Meta-Down of {len(people)} people of the domain {domain}"
+    result = {"output": str(output), "domain": domain, "people": found.training["subjects"], "sha256": found.sha256, "steps": found.training["steps"]}
+    return result, f"{output}: the Meta-Down of {found.training['subjects']} people of the domain {domain}"
 
 
 def _meta_training(people: list, domain: str, output: Path, name: str, rounds: int | None, seed: int, base: str, plan: str | None) -> Generator:
@@ -224,15 +233,18 @@ def _meta_training(people: list, domain: str, output: Path, name: str, rounds: i
     import torch
 
     from .base import Base
+    from .data import kept_out
     from .meta import bucket_of_photos
     from .meta import meta_train as stage1
 
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()
     opened = Base.open(base, f"cuda:{os.environ['LOCAL_RANK']}" if several else None, plan, "stage 1")
     _say_plan(opened)
-    config = replace(opened.settings.meta, seed=seed, rounds=rounds or opened.settings.meta.rounds)
-    bucket = bucket_of_photos(opened, people, f"{opened.settings.trigger} {domain}")
-    return stage1(opened, len(people), bucket, domain, config, name=name, folder=output)
+    config, words = replace(opened.settings.meta, seed=seed, rounds=rounds or opened.settings.meta.rounds), f"{opened.settings.trigger} {domain}"
+    learnt, unseen = kept_out(people, min(config.validation_people, config.bucket_size))
+    halves = [[s.items[k::2] for s in unseen] for k in (0, 1)]
+    judged = tuple(bucket_of_photos(opened, half, words)(range(len(half))) for half in halves) if unseen else None
+    return stage1(opened, len(learnt), bucket_of_photos(opened, [s.items for s in learnt], words), domain, config, name=name, folder=output, unseen=judged)
 
 
 @command

@@ -70,6 +70,9 @@ class MetaConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     checkpoint_every: int = 1  # buckets
+    validation_every: int = 5  # buckets; 0: never
+    validation_people: int = 8  # kept out of the training, at most
+    validation_steps: int = 60  # that each learns of its photos, with Down held, before the others are looked at
     flow: FlowConfig = field(default_factory=FlowConfig)
     seed: int = 0
 

@@ -19,6 +19,7 @@ from .photo import load_photo
 METADATA, PROMPTS = "metadata.jsonl", "prompts.txt"
 KEYS = ("file_name", "text", "identity", "domain", "role")
 ROLES = ("reference", "other")
+KEPT_EVERY = 25  # of the people, to judge a training by
 MOST_LISTED = 40  # faults in one message
 
 
@@ -92,6 +93,12 @@ def load_dataset(folder: str | Path, *, need_prompts: bool = False, need_others:
     if faults:
         raise MetaLoraError(_listed(folder, faults))
     return Dataset(list(subjects.values()), prompts)
+
+
+def kept_out(subjects: list[Subject], most: int) -> tuple[list[Subject], list[Subject]]:
+    """Those to learn from, and every 25th, `most` at most, to judge the training by. Who is judged by needs two photos."""
+    judged = [s for s in subjects[KEPT_EVERY - 1 :: KEPT_EVERY] if len(s.items) > 1][:most]
+    return [s for s in subjects if s not in judged], judged
 
 
 def _lines(path: Path, faults: list[str]) -> list[str]:

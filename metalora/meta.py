@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,13 +23,15 @@ from .adapter import Adapter, attach, random_downs
 from .base import Base
 from .cache import TrainingSet, encode, mirrored, to_tensor
 from .config import SETTINGS_FILE, AdapterConfig, MetaConfig
+from .data import Item
 from .errors import MetaLoraError
 from .files import load_tensors, save_tensors
 from .metadown import MetaDown
 from .photo import load_photo
-from .train import Clock, Share, StepReport, fit, optimizer
+from .train import Clock, Share, StepReport, fit, flow_loss, optimizer
 
 CHECKPOINT = "checkpoint.safetensors"
+VALIDATION_DRAWS = 4  # of noise and noise level, for each picture
 Bucket = Callable[[Sequence[int]], TrainingSet]  # numbers of subjects → their pictures, encoded, renumbered 0, 1, …
 
 
@@ -43,12 +46,14 @@ class _State:
 
 def meta_train(
     base: Base, subjects: int, bucket: Bucket, domain: str, config: MetaConfig, *,
-    name: str, adapter: AdapterConfig | None = None, folder: str | Path | None = None,
+    name: str, adapter: AdapterConfig | None = None, folder: str | Path | None = None, unseen: tuple[TrainingSet, TrainingSet] | None = None,
 ) -> Generator[StepReport, None, MetaDown]:  # fmt: skip
     """Learn Meta-Down from `subjects` subjects that `bucket` encodes on demand; yields a report a step.
 
     The generator's return value is the MetaDown. With a `folder`, its checkpoint is written every few rounds, and a run that
     finds one goes on from it exactly as if it had never stopped. In memory: `bucket=training_set.select`.
+    With `unseen`, pictures of people who were kept out, to learn from and others to judge by, a report every few rounds
+    has the loss on the latter.
     Under `accelerate launch` the processes share every batch: the result is that of one process, to rounding.
     Raises MetaLoraError where there are too few subjects or too many processes, or the checkpoint is of other settings.
     """
@@ -66,11 +71,15 @@ def meta_train(
     with attach(base.transformer, state.downs, shape, size) as heads, base.resident("transformer"):
         for number in range(state.round, config.rounds):
             data = bucket(_members(subjects, size, number, config.seed)).to(base.device, base.dtype)
-            for loss in _round(base, heads, data, state, config, number, share):
+            losses = _round(base, heads, data, state, config, number, share)
+            for loss in islice(losses, config.bucket_steps - 1):
                 yield clock.tick(loss)
+            *_, last = losses  # with the last step the round is over, and what it leaves can be kept
             state.downs, state.round = heads.down_tensors(), number + 1
             if checkpoint and share.rank == 0 and (state.round % config.checkpoint_every == 0 or state.round == config.rounds):
                 _save(checkpoint, state, stamp)
+            due = unseen is not None and config.validation_every and state.round % config.validation_every == 0
+            yield clock.tick(last, validation=_validate(base, heads, unseen, config) if due else None)
     summary = {**asdict(config), "subjects": subjects, "steps": clock.steps}
     return MetaDown(state.downs, shape, name, domain, base.name, base.fingerprint, summary)
 
@@ -105,6 +114,26 @@ def _round(base: Base, heads: Adapter, data: TrainingSet, state: _State, config:
     yield from fit(base, heads, data, [of_heads, of_down], steps=config.bucket_steps - config.warmup_steps, **common)
     heads.train_down(False)
     state.moments = _moments(of_down, heads)
+
+
+def _validate(base: Base, heads: Adapter, unseen: tuple[TrainingSet, TrainingSet], config: MetaConfig) -> float:
+    """Loss on the second pictures of people who were kept out, after they have learnt the first with Down held; always the same draws."""
+    seen, rest = (pictures.to(base.device, base.dtype) for pictures in unseen)
+    generator = torch.Generator().manual_seed(config.seed)
+    heads.start(generator)
+    learning = fit(
+        base, heads, seen, [optimizer(heads.heads(), config.learning_rate, config.weight_decay)], steps=config.validation_steps,
+        batch_size=min(config.batch_size, seen.subjects), generator=generator, flow_config=config.flow, max_grad_norm=config.max_grad_norm,
+    )  # fmt: skip
+    for _ in learning:
+        pass
+    losses = []
+    with torch.no_grad():
+        for rows in torch.arange(len(rest), device=base.device).split(config.batch_size):
+            heads.use_rows(rest.subject[rows])
+            losses += [flow_loss(base, rest, rows, generator, config.flow).item() * len(rows) for _ in range(VALIDATION_DRAWS)]
+    heads.use_rows(None)
+    return sum(losses) / (len(rest) * VALIDATION_DRAWS)
 
 
 def _share(device: torch.device) -> Share:
@@ -143,8 +172,8 @@ def _resume(checkpoint: Path | None, stamp: dict[str, str]) -> _State | None:
     return _State(parts["down."], parts["moment."], int(found["round"]))
 
 
-def bucket_of_photos(base: Base, people: Sequence[Sequence[tuple[Path, str]]], words: str) -> Bucket:
-    """A bucket source that reads photos with their captions from disk: people[s] are the (path, text) of subject s.
+def bucket_of_photos(base: Base, people: Sequence[Sequence[Item]], words: str) -> Bucket:
+    """A bucket source that reads photos with their captions from disk: people[s] are those of subject s.
 
     Every photo is cut to its central square and also mirrored; `words` stand for the person in its caption. Encoding anew
     for every bucket keeps little in memory, which for FLUX.1-dev's text embeddings matters more than time.
@@ -152,9 +181,9 @@ def bucket_of_photos(base: Base, people: Sequence[Sequence[tuple[Path, str]]], w
 
     def encode_bucket(subjects: Sequence[int]) -> TrainingSet:
         size = (base.settings.train_resolution,) * 2
-        items = [(number, path, text) for number, s in enumerate(subjects) for path, text in people[s]]
-        photos = [ImageOps.fit(load_photo(path), size, Image.Resampling.LANCZOS) for _, path, _ in items]
-        captions = [text if words in text else prompts.fill(text, words) for _, _, text in items]
-        return encode(base, to_tensor(mirrored(photos)), [*captions, *map(prompts.mirrored, captions)], [number for number, _, _ in items] * 2)
+        items = [(number, item) for number, s in enumerate(subjects) for item in people[s]]
+        photos = [ImageOps.fit(load_photo(item.path), size, Image.Resampling.LANCZOS) for _, item in items]
+        captions = [item.text if words in item.text else prompts.fill(item.text, words) for _, item in items]
+        return encode(base, to_tensor(mirrored(photos)), [*captions, *map(prompts.mirrored, captions)], [number for number, _ in items] * 2)
 
     return encode_bucket

@@ -1,13 +1,16 @@
-"""One line on stderr that tells how far a piece of work is."""
+"""One line on stderr that tells how far a piece of work is, and a log of it for TensorBoard."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from .cards import clock
+from .errors import MetaLoraError
 
 if TYPE_CHECKING:
     from .evaluate import Progress
@@ -24,6 +27,7 @@ class Line:
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
         self._last, self._part, self._open = 0.0, -1, False
+        self._validation = ""
 
     def __enter__(self) -> Line:
         return self
@@ -47,8 +51,33 @@ class Line:
     def step(self, report: StepReport) -> None:
         """A step of a training."""
         speed = f"{report.steps_per_second:.1f} it/s" if report.steps_per_second >= 1 else f"{1 / report.steps_per_second:.1f} s/it"
-        self.show(report.step / report.steps, f"step {report.step}/{report.steps}  loss {report.loss:.4f}  {speed}  {clock(report.seconds_left)} left")
+        self.show(report.step / report.steps, f"step {report.step}/{report.steps}  loss {report.loss:.4f}{self._unseen(report)}  {speed}  {clock(report.seconds_left)} left")
+
+    def _unseen(self, report: StepReport) -> str:
+        """The last loss on people that were kept out."""
+        if report.validation is not None:
+            self._validation = f"  on others {report.validation:.4f}"
+        return self._validation
 
     def progress(self, report: Progress) -> None:
         """A piece of an evaluation."""
         self.show(report.done, f"{report.done:4.0%}  {report.what}  {clock(report.seconds_left)} left")
+
+
+def tensorboard(folder: Path, name: str) -> Callable[[StepReport], None]:
+    """A function that writes every step to a TensorBoard log in folder/name. MetaLoraError where the package is missing."""
+    from accelerate import PartialState
+    from accelerate.tracking import TensorBoardTracker
+    from accelerate.utils import is_tensorboard_available
+
+    if not is_tensorboard_available():
+        raise MetaLoraError("--log needs the package tensorboard; pip install tensorboard, or leave it out.")
+    PartialState()
+    tracker = TensorBoardTracker(name, folder)
+    tracker.start()
+
+    def record(report: StepReport) -> None:
+        values = {"loss": report.loss, "steps a second": report.steps_per_second, "loss on people kept out": report.validation}
+        tracker.log({key: value for key, value in values.items() if value is not None}, report.step)
+
+    return record

@@ -35,6 +35,7 @@ class StepReport:
     steps_per_second: float
     seconds_left: float
     preview: Image | None = None  # a small picture of the person, every now and then
+    validation: float | None = None  # loss on people that were kept out, every now and then
 
 
 class Clock:
@@ -44,11 +45,11 @@ class Clock:
         self.steps, self.done = steps, done
         self._before, self._start = done, time.perf_counter()
 
-    def tick(self, loss: float, preview: Image | None = None) -> StepReport:
+    def tick(self, loss: float, preview: Image | None = None, validation: float | None = None) -> StepReport:
         """Count one step."""
         self.done += 1
         speed = (self.done - self._before) / max(time.perf_counter() - self._start, 1e-9)
-        return StepReport(self.done, self.steps, loss, speed, (self.steps - self.done) / speed, preview)
+        return StepReport(self.done, self.steps, loss, speed, (self.steps - self.done) / speed, preview, validation)
 
 
 def optimizer(parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:

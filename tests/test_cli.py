@@ -159,6 +159,15 @@ def test_a_stopped_meta_training_goes_on_from_its_checkpoint(call, people, monke
     assert shown == [*range(1, 14), *range(9, 25)]
 
 
+def test_a_meta_training_is_logged_for_tensorboard(call, people):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    code, _, err = call("meta-train", people, "--domain", "man", "--output", "man", "--rounds", 1, "--log", "log", "--name", "mine")
+    log = EventAccumulator("log/mine")
+    log.Reload()
+    assert code == 0 and [event.step for event in log.Scalars("loss")] == list(range(1, 9)), err
+
+
 def test_the_doctor_names_what_is_there_and_what_is_not(call, tiny_base):
     code, out, _ = call("doctor", "--json")
     found = json.loads(out)

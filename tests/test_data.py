@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metalora import MetaLoraError
-from metalora.data import MOST_LISTED, load_dataset
+from metalora.data import MOST_LISTED, Subject, kept_out, load_dataset
 
 
 def row(name="a.png", identity="ann", role="reference", domain="woman", text="a photo of {person}"):
@@ -129,3 +129,10 @@ def test_any_line_is_read_or_refused_in_words(tmp_path_factory, line):
         load_dataset(folder)
     except MetaLoraError as error:
         assert "fault" in str(error)
+
+
+@given(st.integers(0, 120), st.integers(0, 9))
+def test_who_judges_a_training_is_not_learnt_from(count, most):
+    people = [Subject(str(k), "woman", [object()], [object()]) for k in range(count)]
+    learnt, judged = kept_out(people, most)
+    assert len(judged) == min(most, count // 25) and len(learnt) + len(judged) == count and not set(map(id, learnt)) & set(map(id, judged))

@@ -18,6 +18,7 @@ from metalora.adapt import adapt, adapt_plain, crops
 from metalora.adapter import attach
 from metalora.cache import encode, mirrored, to_tensor
 from metalora.config import AdaptConfig, FlowConfig, MetaConfig
+from metalora.data import Item
 from metalora.meta import _members, bucket_of_photos, meta_train
 from metalora.train import Clock, draw_rows, fit, flow_loss, optimizer
 
@@ -255,10 +256,22 @@ def test_stage_one_reads_photos_from_disk(base, tmp_path):
     shown = []
     for i in range(4):
         Image.effect_noise((40, 48), 60).convert("RGB").save(tmp_path / f"{i}.png")
-        shown.append((tmp_path / f"{i}.png", "{person} smiling"))
+        shown.append(Item(tmp_path / f"{i}.png", "{person} smiling"))
     data = bucket_of_photos(base, [shown[:1], shown[1:3], shown[3:]], "sks woman")([2, 1])
     assert data.subject.tolist() == [0, 1, 1, 0, 1, 1] and len(data.text.embeds) == 1
     assert torch.equal(data.text.embeds, base.encode_prompts(["sks woman smiling"]).embeds)
+
+
+def test_stage_one_is_judged_on_people_who_were_kept_out(base, people):
+    """As often as asked, always by the same draws, and without a trace in what is learnt."""
+    unseen = people.select([4]).pictures(torch.tensor([0, 1])), people.select([4]).pictures(torch.tensor([2]))
+    config = replace(META, validation_every=2, validation_steps=3)
+    reports, judged = run(meta_train(base, 4, people.select, "woman", config, name="t", unseen=unseen))
+    _, alone = run(meta_train(base, 4, people.select, "woman", config, name="t"))
+    found = [report.validation for report in reports]
+    assert [value is not None for value in found] == [step == 8 for step in range(1, 13)] and judged.sha256 == alone.sha256
+    again, _ = run(meta_train(base, 4, people.select, "woman", config, name="t", unseen=unseen))
+    assert [report.validation for report in again] == found
 
 
 def test_stage_one_without_subjects_is_a_sentence(base, people):
