@@ -58,16 +58,18 @@ class Base:
     _at_work: Counter[str] = field(default_factory=Counter)  # components that a piece of work needs on the device now
 
     @classmethod
-    def open(cls, name: str, device: str | None = None, plan: str | None = None, learning: Learning = "person") -> Base:
+    def open(
+        cls, name: str, device: str | None = None, plan: str | None = None, learning: Learning = "person", on_fetch: hub.OnFetch | None = None
+    ) -> Base:  # fmt: skip
         """Open a folder, a short name of the catalogue or a Hub id: float32 on a CPU, on a GPU after the plan that fits it.
 
-        `plan` takes the plan of that name; `learning` says what the memory must do for.
+        `plan` takes the plan of that name; `learning` says what the memory must do for; `on_fetch` sees how far a download is.
         Raises MetaLoraError where it cannot be had, is no FLUX pipeline or does not fit the device.
         """
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if place.type == "cuda" and not torch.cuda.is_available():
             raise MetaLoraError("There is no usable GPU on this machine; leave the device out, or choose cpu.")
-        folder = hub.base_folder(str(name))
+        folder = hub.base_folder(str(name), on_fetch=on_fetch)
         _quiet()
         settings = BaseSettings.load(folder)
         _check(folder)
