@@ -74,8 +74,8 @@ class Base:
         settings = BaseSettings.load(folder)
         _check(folder)
         choice = choose(card(place), system_memory(), _model(folder).needs(Work.of(settings, learning)), plan)
-        base = cls(_load_pipeline(folder, choice.plan, place), settings, settings.name or str(name), fingerprint(folder), place, folder, choice, choice.plan)
-        base._settle()
+        base = cls(_load_pipeline(folder, choice.plan), settings, settings.name or str(name), fingerprint(folder), place, folder, choice, choice.plan)
+        base.persevere(base._settle)
         return base
 
     @property
@@ -138,7 +138,7 @@ class Base:
         if before.precision != below.precision:
             for part in COMPONENTS:
                 _release(getattr(self.pipeline, part))
-            self.pipeline = _load_pipeline(self.folder, below, self.device)
+            self.pipeline = _load_pipeline(self.folder, below)
         self._settle()
 
     @torch.no_grad()
@@ -219,7 +219,7 @@ def _unreadable(folder: Path, error: Exception) -> MetaLoraError:
     return MetaLoraError(f"The base in {folder} cannot be read ({str(error).splitlines()[0][:120]}); get it afresh.")
 
 
-def _load_pipeline(folder: Path, plan: Plan, device: torch.device) -> FluxPipeline:
+def _load_pipeline(folder: Path, plan: Plan) -> FluxPipeline:
     dtype = torch.float32 if plan.precision == "float32" else torch.bfloat16
     configs = configs_for(plan.precision, dtype)
     common = dict(dtype=dtype, local_files_only=True, use_safetensors=True)
@@ -230,6 +230,8 @@ def _load_pipeline(folder: Path, plan: Plan, device: torch.device) -> FluxPipeli
             parts["text_encoder_2"].to("cpu")
         quantised = PipelineQuantizationConfig(quant_mapping=configs) if configs else None
         pipeline = FluxPipeline.from_pretrained(folder, quantization_config=quantised, **parts, **common)
+    except torch.OutOfMemoryError as error:
+        raise MetaLoraError(OUT_OF_MEMORY) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unreadable(folder, error) from error
     pipeline.set_progress_bar_config(disable=True)
