@@ -58,22 +58,24 @@ class Base:
     _at_work: Counter[str] = field(default_factory=Counter)  # components that a piece of work needs on the device now
 
     @classmethod
-    def open(cls, name: str, device: str | None = None, plan: str | None = None, learning: Learning = "person") -> Base:
+    def open(
+        cls, name: str, device: str | None = None, plan: str | None = None, learning: Learning = "person", on_fetch: hub.OnFetch | None = None
+    ) -> Base:  # fmt: skip
         """Open a folder, a short name of the catalogue or a Hub id: float32 on a CPU, on a GPU after the plan that fits it.
 
-        `plan` takes the plan of that name; `learning` says what the memory must do for.
+        `plan` takes the plan of that name; `learning` says what the memory must do for; `on_fetch` sees how far a download is.
         Raises MetaLoraError where it cannot be had, is no FLUX pipeline or does not fit the device.
         """
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if place.type == "cuda" and not torch.cuda.is_available():
             raise MetaLoraError("There is no usable GPU on this machine; leave the device out, or choose cpu.")
-        folder = hub.base_folder(str(name))
+        folder = hub.base_folder(str(name), on_fetch=on_fetch)
         _quiet()
         settings = BaseSettings.load(folder)
         _check(folder)
         choice = choose(card(place), system_memory(), _model(folder).needs(Work.of(settings, learning)), plan)
-        base = cls(_load_pipeline(folder, choice.plan, place), settings, settings.name or str(name), fingerprint(folder), place, folder, choice, choice.plan)
-        base._settle()
+        base = cls(_load_pipeline(folder, choice.plan), settings, settings.name or str(name), fingerprint(folder), place, folder, choice, choice.plan)
+        base.persevere(base._settle)
         return base
 
     @property
@@ -136,7 +138,7 @@ class Base:
         if before.precision != below.precision:
             for part in COMPONENTS:
                 _release(getattr(self.pipeline, part))
-            self.pipeline = _load_pipeline(self.folder, below, self.device)
+            self.pipeline = _load_pipeline(self.folder, below)
         self._settle()
 
     @torch.no_grad()
@@ -217,7 +219,7 @@ def _unreadable(folder: Path, error: Exception) -> MetaLoraError:
     return MetaLoraError(f"The base in {folder} cannot be read ({str(error).splitlines()[0][:120]}); get it afresh.")
 
 
-def _load_pipeline(folder: Path, plan: Plan, device: torch.device) -> FluxPipeline:
+def _load_pipeline(folder: Path, plan: Plan) -> FluxPipeline:
     dtype = torch.float32 if plan.precision == "float32" else torch.bfloat16
     configs = configs_for(plan.precision, dtype)
     common = dict(dtype=dtype, local_files_only=True, use_safetensors=True)
@@ -228,6 +230,8 @@ def _load_pipeline(folder: Path, plan: Plan, device: torch.device) -> FluxPipeli
             parts["text_encoder_2"].to("cpu")
         quantised = PipelineQuantizationConfig(quant_mapping=configs) if configs else None
         pipeline = FluxPipeline.from_pretrained(folder, quantization_config=quantised, **parts, **common)
+    except torch.OutOfMemoryError as error:
+        raise MetaLoraError(OUT_OF_MEMORY) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unreadable(folder, error) from error
     pipeline.set_progress_bar_config(disable=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .hub import Fetched
     from .studio import Picture
     from .train import StepReport
 
@@ -129,6 +130,11 @@ def clock(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def fetched(report: Fetched) -> str:
+    """"owner/model: 3.10 of 33.60 GB, 52.0 MB/s, 9 min 47 s left"."""
+    return f"{report.name}: {report.done / 1e9:.2f} of {report.total / 1e9:.2f} GB, {report.rate / 1e6:.1f} MB/s, {clock(report.seconds_left)} left"
 
 
 def figure(cosine: float) -> str:

@@ -274,14 +274,14 @@ def evaluate(
 
 @command
 def publish(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The Meta-Down folder that meta-train wrote.")],
+    source: Annotated[Path, typer.Argument(metavar="FOLDER|ME.safetensors", help="The Meta-Down folder that meta-train wrote, or an identity file.")],
     repo: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub; made when it is not there.")],
     private: Annotated[bool, typer.Option("--private", help="Make it for yourself only, where it is made.")] = False, json: Json = False,
 ) -> Result:  # fmt: skip
-    """Put a Meta-Down on the Hub, with its model card; HF_TOKEN must let you write."""
-    from . import hub
+    """Put a Meta-Down or a person on the Hub, with a card and the base's licence; HF_TOKEN must let you write."""
+    from .publish import publish
 
-    address = hub.publish(folder, repo, private)
+    address = publish(source, repo, private)
     return {"address": address}, address
 
 
@@ -299,8 +299,10 @@ def doctor(
 
 def _open(base: str, meta_down: str | None, plan: str | None) -> Personalizer:
     from .personalizer import Personalizer
+    from .progress import Line
 
-    personalizer = Personalizer.open(base, meta_down, plan=plan)
+    with Line() as line:
+        personalizer = Personalizer.open(base, meta_down, plan=plan, on_fetch=line.fetched)
     _say_plan(personalizer.base)
     return personalizer
 

@@ -8,6 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -66,7 +67,14 @@ class Handlers:
         yield from self.studio.generate(learnt, order, folder, stop)
 
     def greet(self):
-        """Wait for the base; its name, and the controls set to what it wants."""
+        """Wait for the base, showing how far its download is; then its name, and the controls set to what it wants."""
+        opening = self.studio.open()
+        while wait([opening], timeout=UPDATE_EVERY).not_done:
+            if self.studio.fetched:
+                yield [cards.status(f"fetching {cards.fetched(self.studio.fetched)}", "busy"), *[gr.skip()] * 7]
+        yield self._greeting()
+
+    def _greeting(self) -> list:
         try:
             personalizer = self.studio.personalizer
         except MetaLoraError as error:

@@ -1,38 +1,66 @@
 """From a name to a local folder: a folder, a short name of catalog.json, or a Hub id with an optional @revision.
 
-The cache is looked in first, so that what is already here needs no network (a dead server costs 24 s of retries). Only
-the files that are needed are fetched. A gated, missing, unreachable or full-disk case is one sentence that says what to do.
+The cache is looked in first, so that what is already here needs no network. Only the files that are needed are fetched, and a
+download that was killed goes on where it was. A gated, missing, unreachable, damaged or full-disk case is one sentence that
+says what to do. Publishing is in publish.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import MetaLoraError
 from .files import disk_sentence
-from .metadown import CONFIG, TENSORS, MetaDown
+from .metadown import CONFIG, TENSORS
 
 CATALOG = Path(__file__).with_name("catalog.json")
 PIPELINE_FILES = [
     "model_index.json", "metalora.json", "README.md", "scheduler/*.json", "transformer/*.json", "transformer/*.safetensors", "vae/*.json",
     "vae/*.safetensors", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*",
 ]  # fmt: skip
+ANSWER_WITHIN = 4  # seconds that the Hub may take for its first answer
 META_DOWN_FILES = ["meta_down.safetensors", "config.json", "README.md"]
 
 
 def catalog() -> dict[str, dict]:
-    """Rows of catalog.json: base name → {"path": ..., "meta_down": {domain: place}}."""
+    """Rows of catalog.json: base name → {"path": folder of ours, "revision": commit on the Hub, "meta_down": {domain: place}}."""
     return json.loads(CATALOG.read_text(encoding="utf-8"))
 
 
-def base_folder(name: str, download: bool = True) -> Path:
-    """Local folder of a base model; fetched when it must be and may. MetaLoraError where there is none to be had."""
-    place = catalog().get(name, {}).get("path")
+@dataclass(frozen=True)
+class Fetched:
+    """How far a download is, for whoever shows it."""
+
+    name: str  # of the repository
+    done: int  # bytes of all its large files
+    total: int
+    rate: float  # bytes a second since the download began or went on
+
+    @property
+    def seconds_left(self) -> float:
+        """At the same rate."""
+        return (self.total - self.done) / max(self.rate, 1.0)
+
+
+OnFetch = Callable[[Fetched], object]
+
+
+def base_folder(name: str, download: bool = True, on_fetch: OnFetch | None = None) -> Path:
+    """Local folder of a base model; fetched when it must be and may. MetaLoraError where there is none to be had.
+
+    A name of the catalogue has the revision that stands there, one of your own may say its revision after an @.
+    """
+    row = catalog().get(name, {})
+    place = row.get("path")
     folder = (CATALOG.parent / place).resolve() if place else Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -40,7 +68,8 @@ def base_folder(name: str, download: bool = True) -> Path:
         return folder
     if place:
         raise MetaLoraError(f"The base {name} should lie in {folder}, but it is not there; get the project's files afresh.")
-    return fetch(name, PIPELINE_FILES, pipeline_is_complete, download)
+    pinned = f"{name}@{row['revision']}" if "revision" in row else name
+    return fetch(pinned, PIPELINE_FILES, pipeline_is_complete, download, on_fetch)
 
 
 def meta_down_places(base: str) -> dict[str, str]:
@@ -83,7 +112,7 @@ def _part_is_complete(part: Path) -> bool:
     return all((part / shard).is_file() for shard in shards) and (not needs_weights or any(part.glob("*.safetensors")))
 
 
-def fetch(name: str, files: list[str], complete: Callable[[Path], bool], download: bool = True) -> Path:
+def fetch(name: str, files: list[str], complete: Callable[[Path], bool], download: bool = True, on_fetch: OnFetch | None = None) -> Path:
     """Folder of a Hub repository's snapshot that holds `files`; `complete(folder)` says whether the cache has all of them."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -101,37 +130,91 @@ def fetch(name: str, files: list[str], complete: Callable[[Path], bool], downloa
         pass  # nothing of it here yet
     if not download:
         raise MetaLoraError(f"{name} is not on this machine yet; it is fetched on first use.")
-    folder = _download(repo, revision or None, files)
+    folder = _download(repo, revision or None, files, on_fetch)
     if not complete(folder):
         raise MetaLoraError(f"{name} lacks files that are needed here; check that it is the right repository.")
     return folder
 
 
-def _download(repo: str, revision: str | None, files: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
+def _download(repo: str, revision: str | None, files: list[str], on_fetch: OnFetch | None) -> Path:
+    """The large files one by one, each going on where it was and checked; then the client's own snapshot, which finds them in its cache."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import filter_repo_objects
 
-    with _plain_faults(repo, revision):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+    with plain_faults(repo, revision):
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=ANSWER_WITHIN)  # one try: a dead network is told at once
+        large = {f.rfilename: f.lfs for f in info.siblings or [] if f.lfs}
+        wanted = list(filter_repo_objects(large, allow_patterns=files))
+        _fetch_blobs(repo, info.sha, {name: large[name] for name in wanted}, on_fetch)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, etag_timeout=ANSWER_WITHIN))
 
 
-def publish(folder: str | Path, repo: str, private: bool = False) -> str:
-    """Put a Meta-Down folder on the Hub, card and all, and return its address there.
+def _fetch_blobs(repo: str, commit: str, files: dict[str, Any], on_fetch: OnFetch | None) -> None:
+    """Put files into the client's cache under their SHA-256. What an earlier download left there is used."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    Raises MetaLoraError where it is no Meta-Down, the name is none, or the Hub refuses.
-    """
-    from huggingface_hub import HfApi
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    missing = {lfs.sha256: (name, lfs.size) for name, lfs in files.items() if not (blobs / lfs.sha256).exists()}
+    parts = {sha: blobs / f"{sha}.part" for sha in missing}
+    watch = Watch(repo, sum(size for _, size in missing.values()), sum(p.stat().st_size for p in parts.values() if p.exists()), on_fetch)
+    for sha, (name, size) in missing.items():
+        _fetch_part(repo, commit, name, size, parts[sha], watch)
+        _check_hash(repo, name, parts[sha], sha)
+        os.replace(parts[sha], blobs / sha)
 
-    MetaDown.load(folder)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise MetaLoraError(f"{repo} is no name on the Hub; those read owner/model.")
-    with _plain_faults(repo, None):
-        api = HfApi()
-        api.create_repo(repo, private=private, exist_ok=True)
-        return str(api.upload_folder(folder_path=folder, repo_id=repo, allow_patterns=META_DOWN_FILES, commit_message="Meta-Down").repo_url)
+
+def _fetch_part(repo: str, commit: str, name: str, size: int, part: Path, watch: Watch) -> None:
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    with part.open("ab") as file:
+        http_get(hf_hub_url(repo, name, revision=commit), file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size, tqdm_class=watch.bar())
+
+
+def _check_hash(repo: str, name: str, part: Path, sha: str) -> None:
+    with part.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha:
+        part.unlink()
+        raise MetaLoraError(f"{name} of {repo} arrived damaged (its SHA-256 is not the one that the Hub names), so it was thrown away; start again.")
+
+
+class Watch:
+    """Turns the client's progress bars into Fetched reports."""
+
+    def __init__(self, name: str, total: int, done: int, on_fetch: OnFetch | None):
+        self.name, self.total, self.done, self.on_fetch = name, total, done, on_fetch
+        self._before, self._start = done, time.monotonic()
+
+    def add(self, size: int) -> None:
+        """So many bytes more; fewer where the server made the client start over."""
+        self.done += size
+        if self.on_fetch:
+            self.on_fetch(Fetched(self.name, self.done, self.total, (self.done - self._before) / max(time.monotonic() - self._start, 1e-3)))
+
+    def bar(self) -> type | None:
+        """A bar of the client's kind that only reports; the client's own where nobody listens."""
+        if self.on_fetch is None:
+            return None
+        from huggingface_hub.utils import tqdm
+
+        add = self.add
+
+        class Silent(tqdm):
+            def __init__(self, *given: Any, **more: Any):
+                super().__init__(*given, **{**more, "disable": True})
+
+            def update(self, n: float | None = 1) -> None:
+                add(int(n or 0))
+
+        return Silent
 
 
 @contextmanager
-def _plain_faults(repo: str, revision: str | None) -> Iterator[None]:
+def plain_faults(repo: str, revision: str | None) -> Iterator[None]:
     """What goes wrong with the Hub becomes one sentence that says what to do."""
     import httpx2
     from huggingface_hub import constants, errors
@@ -152,4 +235,6 @@ def _plain_faults(repo: str, revision: str | None) -> Iterator[None]:
         offline = " because HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True") else ""
         raise MetaLoraError(f"{repo} cannot be had, for the Hub cannot be reached{offline}; go online once, or give a folder.") from error
     except OSError as error:
+        if "Consistency check failed" in str(error):
+            raise MetaLoraError(f"A file of {repo} arrived in another size than the Hub names; start again, and it goes on where it was.") from error
         raise MetaLoraError(disk_sentence(error, Path(constants.HF_HUB_CACHE))) from error

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
+from . import licence
 from .adapter import Factors, collapse
 from .config import FORMAT_VERSION
 from .errors import MetaLoraError
@@ -56,7 +57,7 @@ class Identity:
         path = Path(path)
         if path.suffix != ".safetensors":
             raise MetaLoraError(f"An identity is a .safetensors file; name it {path.with_suffix('.safetensors').name}.")
-        return save_tensors(path, self._tensors(), {HEADER: json.dumps(self._header())})
+        return save_tensors(path, self._tensors(), {HEADER: json.dumps(self._header()), **licence.header(self.base)})
 
     @classmethod
     def load(cls, path: str | Path) -> Identity:
@@ -112,10 +113,10 @@ class Identity:
         """Write the ordinary LoRA: "diffusers" names for diffusers and ComfyUI, "kohya" names for kohya and its followers."""
         lora = self.to_lora(meta_down)
         if format == "kohya":
-            return save_tensors(path, kohya_names(lora), {"ss_network_module": "networks.lora_flux", "ss_network_dim": str(self.rank)})
+            return save_tensors(path, kohya_names(lora), {"ss_network_module": "networks.lora_flux", "ss_network_dim": str(self.rank), **licence.header(self.base)})
         if format != "diffusers":
             raise MetaLoraError(f"There is no export format {format}; choose diffusers or kohya.")
-        return save_tensors(path, lora, {"format": "pt"})
+        return save_tensors(path, lora, {"format": "pt", **licence.header(self.base)})
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"{n}.{part}": t for n, pair in self.factors.items() for part, t in zip(("mid", "up"), pair)}

@@ -15,6 +15,7 @@ from torch import Tensor
 from .config import FORMAT_VERSION, AdapterConfig, overlay
 from .errors import MetaLoraError
 from .files import load_tensors, save_json, save_tensors, write_atomically
+from .licence import front_matter, notice
 
 TENSORS, CONFIG, CARD = "meta_down.safetensors", "config.json", "README.md"
 
@@ -89,7 +90,7 @@ def model_card(meta_down: MetaDown) -> str:
     m, a = meta_down, meta_down.adapter
     training = "\n".join(f"- {key}: {value}" for key, value in m.training.items()) or "- not recorded"
     return f"""---
-license: {m.licence}
+{front_matter(m.base, m.licence)}
 base_model: {m.base}
 tags: [meta-lora, flux, personalization]
 ---
@@ -107,4 +108,4 @@ Method: "Meta-LoRA: Meta-Learning LoRA Components for Domain-Aware ID Personaliz
 
 ## Training
 {training}
-"""
+{notice(m.base)}"""

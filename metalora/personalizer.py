@@ -49,15 +49,16 @@ class Personalizer:
 
     @classmethod
     def open(
-        cls, base: str = DEFAULT_BASE, meta_down: str | MetaDown | None = None, device: str | None = None, plan: str | None = None
+        cls, base: str = DEFAULT_BASE, meta_down: str | MetaDown | None = None, device: str | None = None, plan: str | None = None,
+        on_fetch: hub.OnFetch | None = None,
     ) -> Personalizer:  # fmt: skip
         """Open a base ("miniature", a folder or a Hub id) with the catalogue's Meta-Downs for it, or with a given one.
 
-        How it lies in a GPU's memory is worked out, or is the `plan` of that name.
+        How it lies in a GPU's memory is worked out, or is the `plan` of that name. `on_fetch` sees how far a download is.
         Raises MetaLoraError where either cannot be had or they do not fit.
         """
         plain = meta_down is None and not hub.meta_down_places(base)
-        personalizer = cls(Base.open(base, device, plan, "plain" if plain else "person"), meta_down)
+        personalizer = cls(Base.open(base, device, plan, "plain" if plain else "person", on_fetch), meta_down)
         if meta_down is not None:
             for domain in personalizer.domains:
                 personalizer.meta_down(domain)

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from . import cards
 from .cards import clock
 from .errors import MetaLoraError
 
 if TYPE_CHECKING:
     from .evaluate import Progress
+    from .hub import Fetched
     from .train import StepReport
 
 EVERY = 0.1  # seconds between two looks on a terminal
@@ -62,6 +64,10 @@ class Line:
     def progress(self, report: Progress) -> None:
         """A piece of an evaluation."""
         self.show(report.done, f"{report.done:4.0%}  {report.what}  {clock(report.seconds_left)} left")
+
+    def fetched(self, report: Fetched) -> None:
+        """A piece of a download."""
+        self.show(report.done / max(report.total, 1), cards.fetched(report))
 
 
 def tensorboard(folder: Path, name: str) -> Callable[[StepReport], None]:

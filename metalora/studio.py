@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from .config import BaseSettings
     from .face import Face
+    from .hub import Fetched
     from .identity import Identity
     from .personalizer import Personalizer
     from .train import StepReport
@@ -97,6 +98,7 @@ class Studio:
     base: str
     meta_down: str | None = None
     plan: str | None = None
+    fetched: Fetched | None = None  # how far the download of the base is, while there is one
     _opened: Future | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -112,11 +114,14 @@ class Studio:
     def _open(self) -> Personalizer:
         from .personalizer import Personalizer
 
-        personalizer = Personalizer.open(self.base, self.meta_down, plan=self.plan)
+        personalizer = Personalizer.open(self.base, self.meta_down, plan=self.plan, on_fetch=self._take)
         for domain in personalizer.domains:
             personalizer.meta_down(domain)
         personalizer.finder  # loaded now, so that the first photo need not wait
         return personalizer
+
+    def _take(self, report: Fetched) -> None:
+        self.fetched = report
 
     @property
     def personalizer(self) -> Personalizer:

@@ -7,18 +7,30 @@ import hashlib
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 SHA = "1" * 40
 
 
-class HubServer(ThreadingHTTPServer):
-    """Serves `repos`: id → {file name: bytes}; ids in `gated` need a token. `asked` lists the files that were fetched."""
+def large(name: str, body: bytes, key: str = "sha256") -> dict[str, dict]:
+    """What the Hub says of a file that it keeps as a large one."""
+    return {"lfs": {key: hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}} if name.endswith(".safetensors") else {}
 
-    def __init__(self, repos: dict[str, dict[str, bytes]], gated: set[str] = frozenset()):
+
+class HubServer(ThreadingHTTPServer):
+    """Serves `repos`: id → {file name: bytes}; ids in `gated` need a token. Weights are large files, with a SHA-256.
+
+    `asked` lists the files that were fetched, `sent` the bytes of each; `requests` counts all that was asked. Of files in
+    `wrong` another byte is sent than their SHA-256 is of. After each number of bytes in `cuts` a connection is cut, `pause`
+    makes weights come slowly, in seconds for each 64 kB.
+    """
+
+    def __init__(self, repos: dict[str, dict[str, bytes]], gated: set[str] = frozenset(), wrong: set[str] = frozenset(), cuts: list[int] | None = None, pause: float = 0):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.repos, self.gated, self.asked = repos, gated, []
+        self.repos, self.gated, self.wrong, self.cuts, self.pause = repos, gated, wrong, cuts or [], pause
+        self.asked, self.sent, self.requests = [], {}, 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -37,23 +49,44 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
+        self.server.requests += 1
         path = unquote(urlsplit(self.path).path)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             if (files := self.find(match[1], match[2])) is not None:
-                siblings = [{"rfilename": name} for name in files]
+                siblings = [{"rfilename": n, "size": len(b), **large(n, b)} for n, b in files.items()]
                 self.answer(json.dumps({"id": match[1], "sha": SHA, "siblings": siblings}).encode(), {"Content-Type": "application/json"})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
             if (files := self.find(match[1], match[2])) is not None:
-                tree = [{"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for n, b in files.items()]
+                tree = [{"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest(), **large(n, b, "oid")} for n, b in files.items()]
                 self.answer(json.dumps(tree).encode(), {"Content-Type": "application/json"})
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             if (files := self.find(match[1], match[2])) is not None:
-                body = files[match[3]]
-                if self.command == "GET":
-                    self.server.asked.append(match[3])
-                self.answer(body, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": SHA})
+                self.send_file(match[3], files[match[3]])
         else:
             self.refuse(404, "", "no such page")
+
+    def send_file(self, name: str, body: bytes) -> None:
+        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
+        if self.command == "HEAD":
+            return self.answer(body, headers)
+        self.server.asked.append(name)
+        if name in self.server.wrong:
+            body = bytes([body[0] ^ 1]) + body[1:]
+        start = int(re.fullmatch(r"bytes=(\d+)-\d*", self.headers.get("Range", "bytes=0-"))[1])
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        self.send_response(206 if start else 200)
+        for key, value in {**headers, "Content-Length": str(len(body) - start)}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        cut = self.server.cuts.pop() if self.server.cuts and name.endswith(".safetensors") else len(body)
+        for at in range(start, min(len(body), start + cut), 2**16):
+            part = body[at : min(at + 2**16, start + cut)]
+            self.wfile.write(part)
+            self.server.sent[name] = self.server.sent.get(name, 0) + len(part)
+            time.sleep(self.server.pause if name.endswith(".safetensors") else 0)
+        if start + cut < len(body):
+            self.close_connection = True
 
     def do_POST(self):
         path, body = unquote(urlsplit(self.path).path), self.rfile.read(int(self.headers.get("Content-Length", 0)))

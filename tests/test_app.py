@@ -258,10 +258,11 @@ def test_without_a_meta_down_the_page_says_how_people_are_learnt(tiny_base, phot
 
 
 def test_settings_come_from_the_command_line_or_the_environment(monkeypatch):
-    for name, value in {"BASE": "a/b", "META_DOWN": "c/d@e", "HOST": "0.0.0.0", "PORT": "1234", "SHARE": "true"}.items():
+    for name, value in {"BASE": "a/b", "META_DOWN": "c/d@e", "PLAN": "lean", "HOST": "0.0.0.0", "PORT": "1234", "SHARE": "true"}.items():
         monkeypatch.setenv(f"METALORA_{name}", value)
-    assert vars(app.settings([])) == {"base": "a/b", "meta_down": "c/d@e", "host": "0.0.0.0", "port": 1234, "share": True}
-    assert vars(app.settings(["--base", "x", "--port", "5"])) == {"base": "x", "meta_down": "c/d@e", "host": "0.0.0.0", "port": 5, "share": True}
+    of_environment = {"base": "a/b", "meta_down": "c/d@e", "plan": "lean", "host": "0.0.0.0", "port": 1234, "share": True}
+    assert vars(app.settings([])) == of_environment
+    assert vars(app.settings(["--base", "x", "--port", "5", "--plan", "fp8"])) == {**of_environment, "base": "x", "port": 5, "plan": "fp8"}
 
 
 def test_a_taken_port_is_said_in_one_sentence(address):

@@ -8,11 +8,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "metalora"
 FLOORS = [
     {"errors"},
-    {"config"},
+    {"config", "licence"},
     {"flow", "adapter", "files", "photo", "face", "clip"},
     {"data", "metadown", "prompts"},
     {"identity", "hub", "plan"},
-    {"quantise"},
+    {"quantise", "publish"},
     {"base"},
     {"cache"},
     {"train", "score", "webreport"},

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from metalora import MetaLoraError, hub
+from metalora import Identity, MetaLoraError, hub, licence
+from metalora.progress import Line
 
-from .hub_server import HubServer
+from .hub_server import SHA, HubServer
 
 # One process, for the client reads its environment when it is imported: names → folder's files, or the sentence.
 SCRIPT = """
@@ -88,6 +93,96 @@ def test_a_cache_that_lacks_a_shard_is_not_complete(tiny_base, tmp_path):
     assert hub.pipeline_is_complete(tmp_path)
     (tmp_path / "transformer" / "x.index.json").write_text(json.dumps({"weight_map": {"a": "x-00001.safetensors"}}))
     assert not hub.pipeline_is_complete(tmp_path)
+
+
+def environment(url: str, home: Path) -> dict[str, str]:
+    return {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def closed(server: HubServer) -> None:
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_dead_network_is_told_within_five_seconds(tmp_path):
+    server = HubServer({})
+    closed(server)
+    timed = "import time, huggingface_hub.file_download; start = time.monotonic()\n" + SCRIPT + "\nprint(time.monotonic() - start)"
+    run = [sys.executable, "-c", timed, "base:org/none"]
+    said, seconds = subprocess.run(run, env=environment(server.url, tmp_path), capture_output=True, text=True, timeout=60).stdout.splitlines()
+    assert "cannot be reached; go online once" in said and float(seconds) < 5
+
+
+def test_what_is_pinned_and_here_costs_no_request(server, tmp_path):
+    first = ask([f"base:org/flux@{SHA}"], server.url, tmp_path)
+    before = server.requests
+    assert before > 0 and ask([f"base:org/flux@{SHA}"], server.url, tmp_path) == first and server.requests == before
+
+
+def test_connections_that_are_cut_end_with_the_right_files(server, tiny_base, tmp_path):
+    size = (tiny_base / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
+    rng = random.Random(0)
+    server.cuts = [rng.randrange(1, size // 8) for _ in range(20)]
+    # The client writes every 10 MB and waits a second after a cut: here less of both.
+    code = "import time; from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 100; time.sleep = lambda seconds: None\n" + SCRIPT
+    done = subprocess.run([sys.executable, "-c", code, "base:org/flux"], env=environment(server.url, tmp_path), capture_output=True, text=True, timeout=120)
+    names = json.loads(done.stdout)["base:org/flux"]
+    folder = next(tmp_path.glob("hub/*/snapshots/*"))
+    assert not server.cuts and all((folder / name).read_bytes() == (tiny_base / name).read_bytes() for name in names)
+
+
+def test_a_wrong_hash_is_thrown_away_and_said(server, tmp_path):
+    server.wrong = {"vae/diffusion_pytorch_model.safetensors"}
+    said = ask(["base:org/flux"], server.url, tmp_path)["base:org/flux"]
+    assert "vae/diffusion_pytorch_model.safetensors of org/flux arrived damaged" in said and not list(tmp_path.rglob("*.part"))
+    server.wrong = set()
+    assert "model_index.json" in ask(["base:org/flux"], server.url, tmp_path)["base:org/flux"]
+
+
+def test_a_killed_download_goes_on_where_it_was(server, tiny_base, tmp_path):
+    server.pause = 0.05
+    run = subprocess.Popen([sys.executable, "-c", SCRIPT, "base:org/flux"], env=environment(server.url, tmp_path))
+    while sum(server.sent.values()) < 2**18:
+        time.sleep(0.02)
+    run.kill()
+    run.wait()
+    time.sleep(0.3)
+    left, server.pause, server.sent = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()), 0, {}
+    assert left >= 2**17 and "model_index.json" in ask(["base:org/flux"], server.url, tmp_path)["base:org/flux"]
+    weights = sum(path.stat().st_size for path in tiny_base.rglob("*.safetensors"))
+    assert sum(size for name, size in server.sent.items() if name.endswith(".safetensors")) <= weights - 2**17
+    folder = next(tmp_path.glob("hub/*/snapshots/*"))
+    assert all((folder / path.relative_to(tiny_base)).read_bytes() == path.read_bytes() for path in tiny_base.rglob("*") if path.is_file())
+
+
+def test_a_download_says_how_far_it_is(server, tiny_base, tmp_path):
+    code = "from metalora import hub; hub.base_folder('org/flux', on_fetch=lambda f: print(f.done, f.total, f.rate > 0, f.seconds_left >= 0))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(server.url, tmp_path), capture_output=True, text=True, timeout=60)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    shares = [int(row[0]) for row in rows]
+    weights = sum(path.stat().st_size for path in tiny_base.rglob("*.safetensors"))
+    assert shares == sorted(shares) and shares[-1] == int(rows[-1][1]) == weights and all(row[2:] == ["True", "True"] for row in rows)
+    out = io.StringIO()
+    with Line(out) as line:
+        line.fetched(hub.Fetched("org/flux", 3_100_000_000, 33_600_000_000, 52e6))
+    assert out.getvalue().strip() == "org/flux: 3.10 of 33.60 GB, 52.0 MB/s, 9 min 47 s left"
+
+
+def test_a_published_person_carries_the_licence_of_the_base(tmp_path, monkeypatch):
+    factors = {"transformer_blocks.0.attn.to_q": (torch.ones(1, 4), torch.ones(8, 1))}
+    person = Identity(factors, "black-forest-labs/FLUX.1-dev", "f", "mine", "s", rank=1, meta_rank=4, scale=1.0, domain="woman", noun="woman", trigger="sks", steps=1, seed=0)
+    person.save(tmp_path / "me.safetensors")
+    server = HubServer({})
+    env = {**environment(server.url, tmp_path / "home"), "HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run([sys.executable, "-m", "metalora", "publish", str(tmp_path / "me.safetensors"), "org/me", "--private"], env=env, capture_output=True, text=True)
+    closed(server)
+    assert done.returncode == 0 and done.stdout.strip() == f"{server.url}/org/me", done.stderr
+    assert set(server.repos["org/me"]) == {"identity.safetensors", "README.md"}
+    card = server.repos["org/me"]["README.md"].decode()
+    assert "license_name: flux-1-dev-non-commercial-license" in card and licence.FLUX_NOTICE in card and "sks woman" in card
+    (tmp_path / "back.safetensors").write_bytes(server.repos["org/me"]["identity.safetensors"])
+    assert Identity.load(tmp_path / "back.safetensors").sha256 == person.sha256
+    assert licence.header("tiny") == {} and licence.notice("miniature") == "" and licence.is_flux_dev("/models/FLUX.1-dev/")
 
 
 def test_folders_and_the_catalogue(tiny_base, tmp_path):

@@ -73,7 +73,7 @@ def on_gpu(base: Base, name: str) -> Base:
     """The tiny base as if a card had it under that plan; only that its card is the CPU."""
     model = Model.of(base.folder)
     chosen = choose(0, None, model.needs(Work.of(base.settings)), name)
-    carded = replace(base, pipeline=_load_pipeline(base.folder, chosen.plan, base.device), choice=chosen, plan=chosen.plan, _at_work=Counter())
+    carded = replace(base, pipeline=_load_pipeline(base.folder, chosen.plan), choice=chosen, plan=chosen.plan, _at_work=Counter())
     carded._settle()
     return carded
 
@@ -154,8 +154,9 @@ def the_step(model: Model, transformer: nn.Module, work: Work, device: str, dtyp
 
 @pytest.mark.parametrize("learns_down", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_training_step_of_flux_dev_takes_what_is_predicted(flux, monkeypatch, learns_down, checkpointing):
-    """With its real widths, blocks and lengths on the meta device, through the kernels that a card would choose."""
+def test_a_training_step_of_flux_dev_takes_what_is_predicted(monkeypatch, learns_down, checkpointing):
+    """With its real widths and lengths and a fifth of its blocks on the meta device, through the kernels that a card would choose."""
+    flux = Model({**FLUX_DEV, "transformer": {"guidance_embeds": True, "num_layers": 4, "num_single_layers": 8}})
     flash = lambda query, key, value, **more: torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]  # noqa: E731
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight=None, eps=None: CardsNorm.apply(x, weight))
     monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
@@ -163,7 +164,7 @@ def test_a_training_step_of_flux_dev_takes_what_is_predicted(flux, monkeypatch, 
     getattr(transformer, f"{'en' if checkpointing else 'dis'}able_gradient_checkpointing")()
     work = replace(WORK["person"], learns_down=learns_down)
     measured, predicted, gradients = the_step(flux, transformer, work, "meta", torch.bfloat16, checkpointing)
-    assert 0.9 * predicted < measured < 1.05 * predicted + gradients
+    assert 0.88 * predicted < measured < 1.05 * predicted + gradients  # rather too much than too little
 
 
 @pytest.mark.parametrize("double,single,tokens,batch", [(1, 1, 64, 1), (3, 1, 32, 2), (1, 3, 128, 1)])
