@@ -102,7 +102,7 @@ def _members(subjects: int, size: int, number: int, seed: int) -> list[int]:
 
 def _round(base: Base, heads: Adapter, data: TrainingSet, state: _State, config: MetaConfig, number: int, share: Share) -> Iterator[float]:
     """One bucket: fresh heads, warm-up with Down held, then all three. Draws depend on the seed and the round alone."""
-    generator = torch.Generator().manual_seed(hash((config.seed, -1 - number)) % 2**63)
+    generator = torch.Generator().manual_seed(hash((config.seed, 1, number)) % 2**63)
     heads.start(generator)
     of_heads = optimizer(heads.heads(), config.learning_rate, config.weight_decay)
     of_down = optimizer(heads.downs(), config.down_learning_rate, config.weight_decay)
