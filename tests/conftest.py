@@ -94,15 +94,15 @@ def run(generator):
             return seen, end.value
 
 
-def two_processes(folder: Path, code: str, *arguments: str) -> list[list[str]]:
-    """Runs `code` in two processes of torchrun, of one thread each, and returns the words that each printed.
+def in_processes(count: int, folder: Path, code: str, *arguments: str) -> list[list[str]]:
+    """Runs `code` in so many processes of torchrun, of one thread each, and returns the words that each printed.
 
     Each prints to a file of its own: on one pipe their words could run together.
     """
     script = folder / "process.py"
     script.write_text(code)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--redirects", "1", "--log-dir", str(folder / "log"), str(script), *arguments],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--redirects", "1", "--log-dir", str(folder / "log"), str(script), *arguments],
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -33,7 +33,7 @@ from metalora.miniature.shards import draw_captioned, load_shards
 from metalora.miniature.training import Job, Optimizer, Trainer, TrainingConfig
 from metalora.miniature.vae import random_crops, train_vae, vae_loss
 from metalora.prompts import Captioner
-from tests.conftest import TINY, state_hash, two_processes
+from tests.conftest import TINY, in_processes, state_hash
 
 SIZE = 64
 TOY = replace(TINY, size=SIZE)
@@ -209,7 +209,7 @@ print(torch.stack(seen).sum().item(), result.samples, sum(p.sum() for p in modul
 
 def test_several_processes_train_one_model(tmp_path: Path):
     """Each on its own batches; they end with the same weights, and one of them has written the checkpoint."""
-    one, other = two_processes(tmp_path, PROCESS, str(tmp_path / "toy"))
+    one, other = in_processes(2, tmp_path, PROCESS, str(tmp_path / "toy"))
     assert one[0] != other[0] and one[1:] == other[1:] and one[1] == "40"
     assert (tmp_path / "toy" / "checkpoint.pt").exists()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from metalora.data import Item
 from metalora.meta import _members, bucket_of_photos, meta_train
 from metalora.train import Clock, draw_rows, fit, flow_loss, optimizer
 
-from .conftest import make_meta_down, run, state_hash, two_processes
+from .conftest import in_processes, make_meta_down, run, state_hash
 
 META = MetaConfig(rounds=3, bucket_size=2, bucket_steps=4, warmup_steps=2, batch_size=3, learning_rate=0.05, down_learning_rate=0.05)
 
@@ -208,8 +206,6 @@ def test_stage_one_goes_on_from_a_checkpoint_exactly(base, people, tmp_path, sto
 
 PROCESS = """
 import sys, torch
-import subprocess
-import sys
 from dataclasses import replace
 from metalora.base import Base
 from metalora.cache import encode
@@ -230,8 +226,9 @@ while True:
 
 def test_several_processes_learn_what_one_does(tiny_base, tmp_path):
     """The same losses and the same Down, to rounding; the two processes hold the very same one."""
-    (_, size, sha), (_, _, other) = shared = two_processes(tmp_path, PROCESS, str(tiny_base))
-    alone = subprocess.run([sys.executable, str(tmp_path / "process.py"), str(tiny_base)], capture_output=True, text=True, check=True, timeout=120).stdout.split()
+    (_, size, sha), (_, _, other) = shared = in_processes(2, tmp_path, PROCESS, str(tiny_base))
+    (tmp_path / "alone").mkdir()
+    (alone,) = in_processes(1, tmp_path / "alone", PROCESS, str(tiny_base))
     assert sha == other
     assert [float(words[0]) for words in shared] == pytest.approx([float(alone[0])] * 2, rel=1e-5)
     assert float(size) == pytest.approx(float(alone[1]), rel=1e-6)
