@@ -23,33 +23,12 @@ from .data import METADATA, Dataset, Subject, load_dataset
 from .errors import MetaLoraError
 from .files import save_json, write_atomically
 from .generate import GenerateConfig, Person, generate, save_png, unload_people
+from .methods import Method
 from .personalizer import Personalizer, plain_faults
 from .photo import load_photo
 from .prompts import anyone, fill
-from .report import SETTINGS, TRUE_PHOTOS, write_report
+from .report import SETTINGS, TRUE_PHOTOS, folder_of, write_report
 from .score import Scorer, gallery_entry, likeness, nearest, number
-
-METHODS = "base, meta-lora, lora-r1 (or any rank), each of the last two also with its number of steps: lora-r1@625"
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to come from a photo to pictures."""
-
-    name: str  # as it was asked for
-    kind: str  # "base": nothing is learnt; "meta-lora"; "lora"; TRUE_PHOTOS: the ceiling, nothing is generated
-    rank: int = 0
-    steps: int | None = None
-
-    @classmethod
-    def parse(cls, name: str) -> Method:
-        """"base", "meta-lora", "lora-r1", "meta-lora@100"; MetaLoraError for anything else."""
-        found = re.fullmatch(r"(?:(base)|(?:(meta-lora)|(lora)-r([1-9]\d{0,2}))(?:@([1-9]\d{0,5}))?)", name)
-        if not found:
-            raise MetaLoraError(f"There is no method {name}; known are {METHODS}.")
-        base, meta, lora, rank, steps = found.groups()
-        return cls(name, base or meta or lora, int(rank or 0), int(steps) if steps else None)
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -84,7 +63,7 @@ def evaluate(
     `limit` takes the first people only, `part` (k, n) every n-th of them from the k-th on; the gallery is always the whole
     dataset. Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.
     """
-    chosen = [*(Method.parse(name) for name in dict.fromkeys(methods)), Method(TRUE_PHOTOS, TRUE_PHOTOS)]
+    chosen = [*dict.fromkeys(Method.parse(name) for name in methods), Method(TRUE_PHOTOS, TRUE_PHOTOS)]
     if not 1 <= part[0] <= part[1]:
         raise MetaLoraError(f"Part {part[0]}/{part[1]} does not exist; write 1/2 and 2/2 for two halves.")
     data = load_dataset(folder, need_prompts=True, need_others=True)
@@ -134,15 +113,15 @@ class Bench:
 
     def path(self, person: Someone, method: Method) -> Path:
         """Where the rows of a person go."""
-        return self.output / method.name / f"{person.file}.jsonl"
+        return self.output / folder_of(method.name) / f"{person.file}.jsonl"
 
     def claim(self, method: Method, common: dict[str, Any], people: Sequence[Someone]) -> None:
         """Write down what the method's folder is made with; MetaLoraError where it was made with something else."""
         base = self.personalizer.base
-        settings = common | {"base": base.name, "fingerprint": base.fingerprint, "steps": self.steps(method), "adapt": repr(replace(self.config, steps=0))}
+        settings = common | {"base": base.name, "fingerprint": base.fingerprint, "steps": self.steps(method), "adapt": repr(replace(method.over(self.config), steps=0))}
         if method.kind == "meta-lora":
             settings["meta_down"] = {d: self.personalizer.meta_down(d).sha256 for d in sorted({p.subject.domain for p in people})}
-        path = self.output / method.name / SETTINGS
+        path = self.output / folder_of(method.name) / SETTINGS
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
             other = [key for key in settings if found.get(key) != settings[key]]
@@ -152,12 +131,16 @@ class Bench:
 
     def steps(self, method: Method) -> int:
         """Training steps of a method."""
-        return 0 if method.kind in ("base", TRUE_PHOTOS) else method.steps or self.config.steps
+        return 0 if method.kind in ("base", TRUE_PHOTOS) else method.over(self.config).steps
 
     def cost(self, method: Method) -> float:
         """Of one person, in forward passes; a training step is three for each picture of its batch."""
         pictures = 0 if method.kind == TRUE_PHOTOS else len(self.data.prompts) * self.personalizer.base.settings.inference_steps
-        return 1 + pictures + 3 * self.config.batch_size * self.steps(method)
+        return 1 + pictures + self.learning(method)
+
+    def learning(self, method: Method) -> float:
+        """The learning's part of the cost."""
+        return 3 * method.over(self.config).batch_size * self.steps(method)
 
     def run(self, person: Someone, method: Method, gallery: np.ndarray, names: Sequence[str]) -> Iterator[float]:
         """Learn, generate, score and write one person; yields the share that is done."""
@@ -166,7 +149,7 @@ class Bench:
             images, paths, texts, seconds = [load_photo(i.path) for i in items], [i.path for i in items], [i.text for i in items], 0.0
         else:
             images, paths, texts = [], [], self.data.prompts
-            learning = 3 * self.config.batch_size * self.steps(method) / self.cost(method)
+            learning = self.learning(method) / self.cost(method)
             begin = time.perf_counter()
             learnt = None if method.kind == "base" else (yield from self._learn(person, method, learning))
             seconds = time.perf_counter() - begin
@@ -183,10 +166,10 @@ class Bench:
 
     def _learn(self, person: Someone, method: Method, share: float) -> Generator[float, None, Person]:
         """Stage 2 on the references; both methods get the same crops, captions and draws."""
-        photos, domain, config = [i.path for i in person.subject.references], person.subject.domain, replace(self.config, steps=self.steps(method))
+        photos, domain, config = [i.path for i in person.subject.references], person.subject.domain, method.over(self.config)
         p = self.personalizer
         if method.kind == "meta-lora":
-            return p.person((yield from _shares(p.adapt_steps(photos, domain, config.steps, config.seed), share)))
+            return p.person((yield from _shares(p.adapt_meta_steps(photos, domain, config), share)))
         return p.person((yield from _shares(p.adapt_plain_steps(photos, domain, method.rank, config), share)))
 
     def _pictures(self, person: Someone, learnt: Person | None) -> Iterator[Image.Image]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,18 @@ SCORES = {"identification": "identified", "r_facesim": "r_facesim", "similarity"
 Rows = dict[str, list[dict[str, Any]]]  # person's file → a row a picture
 
 PEOPLE, OTHERS = 12, 3  # on the sheet, at most
-CELL, GAP, BAND, LABEL, METHOD, FOOT = 112, 10, 18, 90, 96, 20  # px: a picture, between two, between people, names, methods, text under a picture
+CELL, GAP, BAND, LABEL, METHOD, FOOT = 112, 10, 18, 90, 130, 20  # px: a picture, between two, between people, names, methods, text under a picture
 INK, SOFT, PAPER, RIGHT, WRONG = "#1c1e21", "#6a6f76", "#ffffff", "#2e9e5b", "#c9cdd2"
 
 
 def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str, str] | None = None) -> dict[str, Any]:
     """summary.json, contact-sheet.png and report.html over all that these methods have in `output`; returns the summary."""
     output = Path(output)
-    found = {name: read_rows(output / name) for name in methods}
+    found = {name: read_rows(output / folder_of(name)) for name in methods}
     found = {name: rows for name, rows in found.items() if rows}
     if not found:
         raise MetaLoraError(f"{output} holds no results yet.")
-    each = {name: json.loads((output / name / SETTINGS).read_text(encoding="utf-8")) for name in found}
+    each = {name: json.loads((output / folder_of(name) / SETTINGS).read_text(encoding="utf-8")) for name in found}
     settings = next(iter(each.values()))
     gallery = settings["gallery"]
     summary = {
@@ -45,6 +46,11 @@ def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str,
     page = html_report(summary, sheet)
     write_atomically(output / "report.html", lambda beside: beside.write_text(page, encoding="utf-8"))
     return summary
+
+
+def folder_of(method: str) -> str:
+    """The name of a method's folder: its own, where no file system minds."""
+    return re.sub(r"[^A-Za-z0-9@=.,_+-]", "_", method)
 
 
 def read_rows(folder: Path) -> Rows:
@@ -108,7 +114,7 @@ def contact_sheet(output: Path, found: dict[str, Rows], gallery: int) -> Image.I
         for i, other in enumerate(true.get(person, [])[:others]):
             _paste(sheet, output / other["picture"], at_others + i * step, y)
         for line, method in enumerate(methods):
-            draw.text((at_prompts - GAP, y + line * row + CELL // 2), method, INK, small, anchor="rm")
+            draw.text((at_prompts - GAP, y + line * row + CELL // 2), re.sub(r"(?<=[:,])|(?=@)", "\n", method), INK, small, anchor="rm")
             for each in found[method].get(person, []):
                 _generated(sheet, output, each, at_prompts + prompts.index(each["prompt"]) * step, y + line * row)
     return sheet
