@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from .data import METADATA, Dataset, Subject, load_dataset
 from .errors import MetaLoraError
 from .files import save_json, write_atomically
 from .generate import GenerateConfig, Person, generate, save_png, unload_people
+from .identity import Identity
 from .methods import Method
 from .personalizer import Personalizer, plain_faults
 from .photo import load_photo
@@ -56,21 +58,21 @@ class Someone:
 
 def evaluate(
     personalizer: Personalizer, folder: str | Path, methods: Sequence[str], output: str | Path, *,
-    steps: int | None = None, seed: int = 0, limit: int | None = None, part: tuple[int, int] = (1, 1),
+    steps: int | None = None, seed: int = 0, limit: int | None = None, part: tuple[int, int] = (1, 1), strength: float = 1.0,
 ) -> Generator[Progress, None, dict[str, Any]]:  # fmt: skip
     """Run what lacks, then write summary.json, contact-sheet.png and report.html over all that is in `output`; returns the summary.
 
     `limit` takes the first people only, `part` (k, n) every n-th of them from the k-th on; the gallery is always the whole
-    dataset. Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.
+    dataset. `strength` is the weight of the person while pictures are made. Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.
     """
     chosen = [*dict.fromkeys(Method.parse(name) for name in methods), Method(TRUE_PHOTOS, TRUE_PHOTOS)]
     if not 1 <= part[0] <= part[1]:
         raise MetaLoraError(f"Part {part[0]}/{part[1]} does not exist; write 1/2 and 2/2 for two halves.")
     data = load_dataset(folder, need_prompts=True, need_others=True)
-    bench = Bench(personalizer, data, Path(output), steps, seed)
+    bench = Bench(personalizer, data, Path(output), steps, seed, strength)
     people, left_out = yield from bench.meet()
     gallery = np.stack([gallery_entry(p.others) for p in people])  # (g, 512)
-    settings = {"dataset": _sha256(Path(folder).expanduser() / METADATA), "prompts": data.prompts, "gallery": len(people), "seed": seed}
+    settings = {"dataset": _sha256(Path(folder).expanduser() / METADATA), "prompts": data.prompts, "gallery": len(people), "seed": seed, "strength": strength}
     for method in chosen:
         bench.claim(method, settings, people)
     mine = people[:limit][part[0] - 1 :: part[1]]
@@ -86,8 +88,8 @@ def evaluate(
 class Bench:
     """The people, the parts that score, and the folder."""
 
-    def __init__(self, personalizer: Personalizer, data: Dataset, output: Path, steps: int | None, seed: int):
-        self.personalizer, self.data, self.output, self.seed = personalizer, data, output, seed
+    def __init__(self, personalizer: Personalizer, data: Dataset, output: Path, steps: int | None, seed: int, strength: float):
+        self.personalizer, self.data, self.output, self.seed, self.strength = personalizer, data, output, seed, strength
         self.config = replace(personalizer.base.settings.adapt, seed=seed)
         self.config = self.config if steps is None else replace(self.config, steps=steps)
         self.scorer = Scorer(personalizer.finder, personalizer.clip)
@@ -123,7 +125,7 @@ class Bench:
             settings["meta_down"] = {d: self.personalizer.meta_down(d).sha256 for d in sorted({p.subject.domain for p in people})}
         path = self.output / folder_of(method.name) / SETTINGS
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = {"strength": 1.0} | json.loads(path.read_text(encoding="utf-8"))  # folders of before it could be chosen
             other = [key for key in settings if found.get(key) != settings[key]]
             if other:
                 raise MetaLoraError(f"{path.parent} was made with other settings ({', '.join(other)}); choose another output folder, or remove it.")
@@ -144,6 +146,7 @@ class Bench:
 
     def run(self, person: Someone, method: Method, gallery: np.ndarray, names: Sequence[str]) -> Iterator[float]:
         """Learn, generate, score and write one person; yields the share that is done."""
+        learnt = None
         if method.kind == TRUE_PHOTOS:
             items = person.subject.others
             images, paths, texts, seconds = [load_photo(i.path) for i in items], [i.path for i in items], [i.text for i in items], 0.0
@@ -153,24 +156,24 @@ class Bench:
             begin = time.perf_counter()
             learnt = None if method.kind == "base" else (yield from self._learn(person, method, learning))
             seconds = time.perf_counter() - begin
-            for image in self._pictures(person, learnt):
+            for image in self._pictures(person, learnt and self.personalizer.person(learnt, self.strength)):
                 paths.append(save_png(image, self.path(person, method).with_name(f"{person.file}-{len(images)}.png")))
                 images.append(image)
                 yield learning + (1 - learning) * len(images) / (len(texts) + 1)
         rows = self._score(person, images, texts, gallery, names, method.kind == TRUE_PHOTOS)
         for row, path in zip(rows, paths):
-            row |= {"method": method.name, "picture": os.path.relpath(path, self.output), "learn_seconds": round(seconds, 3)}
+            row |= {"method": method.name, "picture": os.path.relpath(path, self.output), "learn_seconds": round(seconds, 3), **_size(learnt)}
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.path(person, method), lambda beside: beside.write_text(text, encoding="utf-8"))
         yield 1.0
 
-    def _learn(self, person: Someone, method: Method, share: float) -> Generator[float, None, Person]:
+    def _learn(self, person: Someone, method: Method, share: float) -> Generator[float, None, Identity]:
         """Stage 2 on the references; both methods get the same crops, captions and draws."""
         photos, domain, config = [i.path for i in person.subject.references], person.subject.domain, method.over(self.config)
         p = self.personalizer
         if method.kind == "meta-lora":
-            return p.person((yield from _shares(p.adapt_meta_steps(photos, domain, config), share)))
-        return p.person((yield from _shares(p.adapt_plain_steps(photos, domain, method.rank, config), share)))
+            return (yield from _shares(p.adapt_meta_steps(photos, domain, config), share))
+        return (yield from _shares(p.adapt_plain_steps(photos, domain, method.rank, config), share))
 
     def _pictures(self, person: Someone, learnt: Person | None) -> Iterator[Image.Image]:
         """A picture a prompt. Noise differs from person to person and is the same for all methods."""
@@ -227,6 +230,16 @@ def _shares(run: Generator[Any, None, Any], share: float) -> Generator[float, No
         return end.value
     finally:
         run.close()
+
+
+def _size(identity: Identity | None) -> dict[str, int]:
+    """Numbers that were trained, and bytes of the identity's file."""
+    if identity is None:
+        return {"parameters": 0, "bytes": 0}
+    trained = [*identity.downs.values(), *(up for _, up in identity.factors.values())]
+    trained += [] if identity.is_plain else [mid for mid, _ in identity.factors.values()]  # an ordinary LoRA has no Mid to train
+    with tempfile.TemporaryDirectory() as folder:
+        return {"parameters": sum(t.numel() for t in trained), "bytes": identity.save(Path(folder) / "person.safetensors").stat().st_size}
 
 
 def _sha256(path: Path) -> str:

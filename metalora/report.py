@@ -37,7 +37,7 @@ def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str,
     settings = next(iter(each.values()))
     gallery = settings["gallery"]
     summary = {
-        "base": settings["base"], "gallery": gallery, "chance": 1 / gallery, "prompts": settings["prompts"], "seed": settings["seed"],
+        "base": settings["base"], "gallery": gallery, "chance": 1 / gallery, "prompts": settings["prompts"], "seed": settings["seed"], "strength": settings.get("strength", 1.0),
         "methods": {name: summarise(rows) | {"steps": each[name]["steps"]} for name, rows in found.items()}, "left_out": left_out or {},
     }  # fmt: skip
     save_json(output / "summary.json", summary)
@@ -62,6 +62,8 @@ def summarise(rows: Rows, by_domain: bool = True) -> dict[str, Any]:
     """Mean of each score with the ends of its 95 % bootstrap interval over people; also for each domain alone."""
     people = list(rows.values())
     got: dict[str, Any] = {"people": len(people), "pictures": sum(map(len, people)), "learn_seconds": float(np.mean([p[0]["learn_seconds"] for p in people]))}
+    for key in ("parameters", "bytes"):
+        got[key] = round(float(np.mean([p[0].get(key, 0) for p in people])))
     for name, key in SCORES.items():
         values = [np.array([np.nan if row[key] is None else float(row[key]) for row in person]) for person in people]
         got[name] = dict(zip(("mean", "low", "high"), map(number, interval(values))))
@@ -73,15 +75,15 @@ def summarise(rows: Rows, by_domain: bool = True) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as lines of text, a method each."""
-    names = ["method", "people", "identified", "R-FaceSim", "to photo", "copying", "CLIP-T", "CLIP-I", "faces", "learning"]
+    names = ["method", "people", "identified", "R-FaceSim", "to photo", "copying", "CLIP-T", "CLIP-I", "faces", "learning", "parameters", "bytes"]
     lines = [names]
     for name, m in summary["methods"].items():
         spread = _figure(m["identification"]["mean"], "{:.0%}") + " ({}–{})".format(*(_figure(m["identification"][k], "{:.0%}") for k in ("low", "high")))
         scores = [_figure(m[k]["mean"], "{:.3f}") for k in ("r_facesim", "similarity", "copying", "clip_t", "clip_i")]
-        lines.append([name, str(m["people"]), spread, *scores, _figure(m["faces_found"]["mean"], "{:.0%}"), f"{m['learn_seconds']:.1f} s"])
+        lines.append([name, str(m["people"]), spread, *scores, _figure(m["faces_found"]["mean"], "{:.0%}"), f"{m['learn_seconds']:.1f} s", str(m["parameters"]), str(m["bytes"])])
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     rows = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines]
-    return "\n".join([*rows, f"gallery of {summary['gallery']} people, chance {summary['chance']:.1%}"])
+    return "\n".join([*rows, f"gallery of {summary['gallery']} people, chance {summary['chance']:.1%}, strength {summary['strength']:g}"])
 
 
 def contact_sheet(output: Path, found: dict[str, Rows], gallery: int) -> Image.Image:

@@ -8,9 +8,11 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from metalora import MetaLoraError, Personalizer
+from metalora.adapter import attach_plain, trainable
 from metalora.config import AdaptConfig
 from metalora.evaluate import evaluate
 from metalora.methods import Method
@@ -84,6 +86,25 @@ def test_true_photos_are_the_ceiling_without_themselves(done):
     assert true["identification"]["mean"] == 1 and true["faces_found"]["mean"] == 1 and true["learn_seconds"] == 0
     row = read_rows(output / TRUE_PHOTOS)["000-ann"][0]
     assert row["r_facesim"] < 0.9999 and (output / row["picture"]).is_file()  # not compared with itself
+
+
+def test_the_size_of_what_is_learnt_is_that_of_the_trained_tensors_and_the_file(done, personalizer, people, tmp_path):
+    base, methods = personalizer.base, done[2]["methods"]
+    with attach_plain(base.transformer, replace(base.settings.adapter, rank=1), torch.Generator().manual_seed(0)) as adapter:
+        assert methods["lora-r1@2"]["parameters"] == sum(p.numel() for p in trainable(adapter))
+    identity = personalizer.adapt(people / "ann-0.png", "woman", steps=3)
+    assert methods["meta-lora"]["parameters"] == sum(t.numel() for pair in identity.factors.values() for t in pair)
+    assert methods["meta-lora"]["bytes"] == identity.save(tmp_path / "ann.safetensors").stat().st_size
+    assert methods["base"]["parameters"] == methods["base"]["bytes"] == 0
+
+
+def test_strength_changes_the_pictures_and_is_stated(done, personalizer, people, tmp_path):
+    _, summary = run(evaluate(personalizer, people, ["meta-lora"], tmp_path, steps=3, limit=1, strength=0.5))
+    assert summary["strength"] == 0.5 and done[2]["strength"] == 1
+    pictures = [Image.open(folder / read_rows(folder / "meta-lora")["000-ann"][0]["picture"]) for folder in (done[0], tmp_path)]
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+    with pytest.raises(MetaLoraError, match="strength"):
+        run(evaluate(personalizer, people, ["meta-lora"], done[0], steps=3, strength=0.5))
 
 
 def test_progress_rises_to_the_end(done):
