@@ -63,7 +63,8 @@ def evaluate(
     """Run what lacks, then write summary.json, contact-sheet.png and report.html over all that is in `output`; returns the summary.
 
     `limit` takes the first people only, `part` (k, n) every n-th of them from the k-th on; the gallery is always the whole
-    dataset. `strength` is the weight of the person while pictures are made. Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.
+    dataset. `strength` is the weight of the person while pictures are made.
+    Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.
     """
     chosen = [*dict.fromkeys(Method.parse(name) for name in methods), Method(TRUE_PHOTOS, TRUE_PHOTOS)]
     if not 1 <= part[0] <= part[1]:

@@ -37,7 +37,8 @@ def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str,
     settings = next(iter(each.values()))
     gallery = settings["gallery"]
     summary = {
-        "base": settings["base"], "gallery": gallery, "chance": 1 / gallery, "prompts": settings["prompts"], "seed": settings["seed"], "strength": settings.get("strength", 1.0),
+        "base": settings["base"], "gallery": gallery, "chance": 1 / gallery, "prompts": settings["prompts"], "seed": settings["seed"],
+        "strength": settings.get("strength", 1.0),
         "methods": {name: summarise(rows) | {"steps": each[name]["steps"]} for name, rows in found.items()}, "left_out": left_out or {},
     }  # fmt: skip
     save_json(output / "summary.json", summary)
