@@ -250,17 +250,18 @@ def _meta_training(people: list, domain: str, output: Path, name: str, rounds: i
 @command
 def evaluate(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of people's photos, with metadata.jsonl and prompts.txt.")],
-    method: Annotated[list[str], typer.Option("--method", metavar="METHOD...", help="base, meta-lora, lora-r1, ..., with @STEPS for other steps than the base's.")],
+    method: Annotated[list[str], typer.Option("--method", metavar="METHOD...", help="base, meta-lora, lora-r1, ..., with @STEPS for other steps than the base's, or :KEY=VALUE,... for other settings.")],
     output: Output, steps: Steps = None, seed: Seed = 0,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first people only.")] = None,
     part: Annotated[str | None, typer.Option("--part", metavar="K/N", help="Every N-th person from the K-th on, to share the work between processes.")] = None,
+    strength: Annotated[float, typer.Option("--strength", help="How strongly the person comes into the pictures.")] = 1.0,
     base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Compare methods on people they have never seen; goes on where it was stopped."""
     _check_folder(output)
     split = _pair(part, "/", "--part", "1/2") if part else (1, 1)
-    from .evaluate import Method
     from .evaluate import evaluate as run
+    from .methods import Method
     from .progress import Line
     from .report import table
 
@@ -268,7 +269,7 @@ def evaluate(
         Method.parse(each)
     personalizer = _open(base, meta_down, plan)
     with Line() as line:
-        summary = _finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, part=split), line.progress)
+        summary = _finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, part=split, strength=strength), line.progress)
     return summary, f"{table(summary)}\n{output / 'summary.json'}\n{output / 'report.html'}"
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,33 +24,13 @@ from .data import METADATA, Dataset, Subject, load_dataset
 from .errors import MetaLoraError
 from .files import save_json, write_atomically
 from .generate import GenerateConfig, Person, generate, save_png, unload_people
+from .identity import Identity
+from .methods import Method
 from .personalizer import Personalizer, plain_faults
 from .photo import load_photo
 from .prompts import anyone, fill
-from .report import SETTINGS, TRUE_PHOTOS, write_report
+from .report import SETTINGS, TRUE_PHOTOS, folder_of, write_report
 from .score import Scorer, gallery_entry, likeness, nearest, number
-
-METHODS = "base, meta-lora, lora-r1 (or any rank), each of the last two also with its number of steps: lora-r1@625"
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to come from a photo to pictures."""
-
-    name: str  # as it was asked for
-    kind: str  # "base": nothing is learnt; "meta-lora"; "lora"; TRUE_PHOTOS: the ceiling, nothing is generated
-    rank: int = 0
-    steps: int | None = None
-
-    @classmethod
-    def parse(cls, name: str) -> Method:
-        """"base", "meta-lora", "lora-r1", "meta-lora@100"; MetaLoraError for anything else."""
-        found = re.fullmatch(r"(?:(base)|(?:(meta-lora)|(lora)-r([1-9]\d{0,2}))(?:@([1-9]\d{0,5}))?)", name)
-        if not found:
-            raise MetaLoraError(f"There is no method {name}; known are {METHODS}.")
-        base, meta, lora, rank, steps = found.groups()
-        return cls(name, base or meta or lora, int(rank or 0), int(steps) if steps else None)
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -77,21 +58,22 @@ class Someone:
 
 def evaluate(
     personalizer: Personalizer, folder: str | Path, methods: Sequence[str], output: str | Path, *,
-    steps: int | None = None, seed: int = 0, limit: int | None = None, part: tuple[int, int] = (1, 1),
+    steps: int | None = None, seed: int = 0, limit: int | None = None, part: tuple[int, int] = (1, 1), strength: float = 1.0,
 ) -> Generator[Progress, None, dict[str, Any]]:  # fmt: skip
     """Run what lacks, then write summary.json, contact-sheet.png and report.html over all that is in `output`; returns the summary.
 
     `limit` takes the first people only, `part` (k, n) every n-th of them from the k-th on; the gallery is always the whole
-    dataset. Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.
+    dataset. `strength` is the weight of the person while pictures are made.
+    Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.
     """
-    chosen = [*(Method.parse(name) for name in dict.fromkeys(methods)), Method(TRUE_PHOTOS, TRUE_PHOTOS)]
+    chosen = [*dict.fromkeys(Method.parse(name) for name in methods), Method(TRUE_PHOTOS, TRUE_PHOTOS)]
     if not 1 <= part[0] <= part[1]:
         raise MetaLoraError(f"Part {part[0]}/{part[1]} does not exist; write 1/2 and 2/2 for two halves.")
     data = load_dataset(folder, need_prompts=True, need_others=True)
-    bench = Bench(personalizer, data, Path(output), steps, seed)
+    bench = Bench(personalizer, data, Path(output), steps, seed, strength)
     people, left_out = yield from bench.meet()
     gallery = np.stack([gallery_entry(p.others) for p in people])  # (g, 512)
-    settings = {"dataset": _sha256(Path(folder).expanduser() / METADATA), "prompts": data.prompts, "gallery": len(people), "seed": seed}
+    settings = {"dataset": _sha256(Path(folder).expanduser() / METADATA), "prompts": data.prompts, "gallery": len(people), "seed": seed, "strength": strength}
     for method in chosen:
         bench.claim(method, settings, people)
     mine = people[:limit][part[0] - 1 :: part[1]]
@@ -107,8 +89,8 @@ def evaluate(
 class Bench:
     """The people, the parts that score, and the folder."""
 
-    def __init__(self, personalizer: Personalizer, data: Dataset, output: Path, steps: int | None, seed: int):
-        self.personalizer, self.data, self.output, self.seed = personalizer, data, output, seed
+    def __init__(self, personalizer: Personalizer, data: Dataset, output: Path, steps: int | None, seed: int, strength: float):
+        self.personalizer, self.data, self.output, self.seed, self.strength = personalizer, data, output, seed, strength
         self.config = replace(personalizer.base.settings.adapt, seed=seed)
         self.config = self.config if steps is None else replace(self.config, steps=steps)
         self.scorer = Scorer(personalizer.finder, personalizer.clip)
@@ -134,17 +116,17 @@ class Bench:
 
     def path(self, person: Someone, method: Method) -> Path:
         """Where the rows of a person go."""
-        return self.output / method.name / f"{person.file}.jsonl"
+        return self.output / folder_of(method.name) / f"{person.file}.jsonl"
 
     def claim(self, method: Method, common: dict[str, Any], people: Sequence[Someone]) -> None:
         """Write down what the method's folder is made with; MetaLoraError where it was made with something else."""
         base = self.personalizer.base
-        settings = common | {"base": base.name, "fingerprint": base.fingerprint, "steps": self.steps(method), "adapt": repr(replace(self.config, steps=0))}
+        settings = common | {"base": base.name, "fingerprint": base.fingerprint, "steps": self.steps(method), "adapt": repr(replace(method.over(self.config), steps=0))}
         if method.kind == "meta-lora":
             settings["meta_down"] = {d: self.personalizer.meta_down(d).sha256 for d in sorted({p.subject.domain for p in people})}
-        path = self.output / method.name / SETTINGS
+        path = self.output / folder_of(method.name) / SETTINGS
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = {"strength": 1.0} | json.loads(path.read_text(encoding="utf-8"))  # folders of before it could be chosen
             other = [key for key in settings if found.get(key) != settings[key]]
             if other:
                 raise MetaLoraError(f"{path.parent} was made with other settings ({', '.join(other)}); choose another output folder, or remove it.")
@@ -152,42 +134,47 @@ class Bench:
 
     def steps(self, method: Method) -> int:
         """Training steps of a method."""
-        return 0 if method.kind in ("base", TRUE_PHOTOS) else method.steps or self.config.steps
+        return 0 if method.kind in ("base", TRUE_PHOTOS) else method.over(self.config).steps
 
     def cost(self, method: Method) -> float:
         """Of one person, in forward passes; a training step is three for each picture of its batch."""
         pictures = 0 if method.kind == TRUE_PHOTOS else len(self.data.prompts) * self.personalizer.base.settings.inference_steps
-        return 1 + pictures + 3 * self.config.batch_size * self.steps(method)
+        return 1 + pictures + self.learning(method)
+
+    def learning(self, method: Method) -> float:
+        """The learning's part of the cost."""
+        return 3 * method.over(self.config).batch_size * self.steps(method)
 
     def run(self, person: Someone, method: Method, gallery: np.ndarray, names: Sequence[str]) -> Iterator[float]:
         """Learn, generate, score and write one person; yields the share that is done."""
+        learnt = None
         if method.kind == TRUE_PHOTOS:
             items = person.subject.others
             images, paths, texts, seconds = [load_photo(i.path) for i in items], [i.path for i in items], [i.text for i in items], 0.0
         else:
             images, paths, texts = [], [], self.data.prompts
-            learning = 3 * self.config.batch_size * self.steps(method) / self.cost(method)
+            learning = self.learning(method) / self.cost(method)
             begin = time.perf_counter()
             learnt = None if method.kind == "base" else (yield from self._learn(person, method, learning))
             seconds = time.perf_counter() - begin
-            for image in self._pictures(person, learnt):
+            for image in self._pictures(person, learnt and self.personalizer.person(learnt, self.strength)):
                 paths.append(save_png(image, self.path(person, method).with_name(f"{person.file}-{len(images)}.png")))
                 images.append(image)
                 yield learning + (1 - learning) * len(images) / (len(texts) + 1)
         rows = self._score(person, images, texts, gallery, names, method.kind == TRUE_PHOTOS)
         for row, path in zip(rows, paths):
-            row |= {"method": method.name, "picture": os.path.relpath(path, self.output), "learn_seconds": round(seconds, 3)}
+            row |= {"method": method.name, "picture": os.path.relpath(path, self.output), "learn_seconds": round(seconds, 3), **_size(learnt)}
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.path(person, method), lambda beside: beside.write_text(text, encoding="utf-8"))
         yield 1.0
 
-    def _learn(self, person: Someone, method: Method, share: float) -> Generator[float, None, Person]:
+    def _learn(self, person: Someone, method: Method, share: float) -> Generator[float, None, Identity]:
         """Stage 2 on the references; both methods get the same crops, captions and draws."""
-        photos, domain, config = [i.path for i in person.subject.references], person.subject.domain, replace(self.config, steps=self.steps(method))
+        photos, domain, config = [i.path for i in person.subject.references], person.subject.domain, method.over(self.config)
         p = self.personalizer
         if method.kind == "meta-lora":
-            return p.person((yield from _shares(p.adapt_steps(photos, domain, config.steps, config.seed), share)))
-        return p.person((yield from _shares(p.adapt_plain_steps(photos, domain, method.rank, config), share)))
+            return (yield from _shares(p.adapt_meta_steps(photos, domain, config), share))
+        return (yield from _shares(p.adapt_plain_steps(photos, domain, method.rank, config), share))
 
     def _pictures(self, person: Someone, learnt: Person | None) -> Iterator[Image.Image]:
         """A picture a prompt. Noise differs from person to person and is the same for all methods."""
@@ -244,6 +231,16 @@ def _shares(run: Generator[Any, None, Any], share: float) -> Generator[float, No
         return end.value
     finally:
         run.close()
+
+
+def _size(identity: Identity | None) -> dict[str, int]:
+    """Numbers that were trained, and bytes of the identity's file."""
+    if identity is None:
+        return {"parameters": 0, "bytes": 0}
+    trained = [*identity.downs.values(), *(up for _, up in identity.factors.values())]
+    trained += [] if identity.is_plain else [mid for mid, _ in identity.factors.values()]  # an ordinary LoRA has no Mid to train
+    with tempfile.TemporaryDirectory() as folder:
+        return {"parameters": sum(t.numel() for t in trained), "bytes": identity.save(Path(folder) / "person.safetensors").stat().st_size}
 
 
 def _sha256(path: Path) -> str:

@@ -152,6 +152,12 @@ class Personalizer:
         config = replace(config, steps=config.steps if steps is None else steps, seed=seed)
         if self.is_plain:
             return self.adapt_plain_steps(photos, domain, self.base.settings.plain_rank, config, face=face, preview_every=preview_every)
+        return self.adapt_meta_steps(photos, domain, config, face=face, preview_every=preview_every)
+
+    def adapt_meta_steps(
+        self, photos: Photo | Sequence[Photo], domain: str, config: AdaptConfig, *, face: int | None = None, preview_every: int = 0
+    ) -> Generator[StepReport, None, Identity]:
+        """The same with the domain's Meta-Down and settings of one's own."""
         return self._start(partial(stage2.adapt, self.base, self.meta_down(domain)), photos, domain, config, face, preview_every)
 
     def adapt_plain_steps(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,23 @@ SCORES = {"identification": "identified", "r_facesim": "r_facesim", "similarity"
 Rows = dict[str, list[dict[str, Any]]]  # person's file → a row a picture
 
 PEOPLE, OTHERS = 12, 3  # on the sheet, at most
-CELL, GAP, BAND, LABEL, METHOD, FOOT = 112, 10, 18, 90, 96, 20  # px: a picture, between two, between people, names, methods, text under a picture
+CELL, GAP, BAND, LABEL, METHOD, FOOT = 112, 10, 18, 90, 130, 20  # px: a picture, between two, between people, names, methods, text under a picture
 INK, SOFT, PAPER, RIGHT, WRONG = "#1c1e21", "#6a6f76", "#ffffff", "#2e9e5b", "#c9cdd2"
 
 
 def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str, str] | None = None) -> dict[str, Any]:
     """summary.json, contact-sheet.png and report.html over all that these methods have in `output`; returns the summary."""
     output = Path(output)
-    found = {name: read_rows(output / name) for name in methods}
+    found = {name: read_rows(output / folder_of(name)) for name in methods}
     found = {name: rows for name, rows in found.items() if rows}
     if not found:
         raise MetaLoraError(f"{output} holds no results yet.")
-    each = {name: json.loads((output / name / SETTINGS).read_text(encoding="utf-8")) for name in found}
+    each = {name: json.loads((output / folder_of(name) / SETTINGS).read_text(encoding="utf-8")) for name in found}
     settings = next(iter(each.values()))
     gallery = settings["gallery"]
     summary = {
         "base": settings["base"], "gallery": gallery, "chance": 1 / gallery, "prompts": settings["prompts"], "seed": settings["seed"],
+        "strength": settings.get("strength", 1.0),
         "methods": {name: summarise(rows) | {"steps": each[name]["steps"]} for name, rows in found.items()}, "left_out": left_out or {},
     }  # fmt: skip
     save_json(output / "summary.json", summary)
@@ -45,6 +47,11 @@ def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str,
     page = html_report(summary, sheet)
     write_atomically(output / "report.html", lambda beside: beside.write_text(page, encoding="utf-8"))
     return summary
+
+
+def folder_of(method: str) -> str:
+    """The name of a method's folder: its own, where no file system minds."""
+    return re.sub(r"[^A-Za-z0-9@=.,_+-]", "_", method)
 
 
 def read_rows(folder: Path) -> Rows:
@@ -56,6 +63,8 @@ def summarise(rows: Rows, by_domain: bool = True) -> dict[str, Any]:
     """Mean of each score with the ends of its 95 % bootstrap interval over people; also for each domain alone."""
     people = list(rows.values())
     got: dict[str, Any] = {"people": len(people), "pictures": sum(map(len, people)), "learn_seconds": float(np.mean([p[0]["learn_seconds"] for p in people]))}
+    for key in ("parameters", "bytes"):
+        got[key] = round(float(np.mean([p[0].get(key, 0) for p in people])))
     for name, key in SCORES.items():
         values = [np.array([np.nan if row[key] is None else float(row[key]) for row in person]) for person in people]
         got[name] = dict(zip(("mean", "low", "high"), map(number, interval(values))))
@@ -67,15 +76,15 @@ def summarise(rows: Rows, by_domain: bool = True) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as lines of text, a method each."""
-    names = ["method", "people", "identified", "R-FaceSim", "to photo", "copying", "CLIP-T", "CLIP-I", "faces", "learning"]
+    names = ["method", "people", "identified", "R-FaceSim", "to photo", "copying", "CLIP-T", "CLIP-I", "faces", "learning", "parameters", "bytes"]
     lines = [names]
     for name, m in summary["methods"].items():
         spread = _figure(m["identification"]["mean"], "{:.0%}") + " ({}–{})".format(*(_figure(m["identification"][k], "{:.0%}") for k in ("low", "high")))
         scores = [_figure(m[k]["mean"], "{:.3f}") for k in ("r_facesim", "similarity", "copying", "clip_t", "clip_i")]
-        lines.append([name, str(m["people"]), spread, *scores, _figure(m["faces_found"]["mean"], "{:.0%}"), f"{m['learn_seconds']:.1f} s"])
+        lines.append([name, str(m["people"]), spread, *scores, _figure(m["faces_found"]["mean"], "{:.0%}"), f"{m['learn_seconds']:.1f} s", str(m["parameters"]), str(m["bytes"])])
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     rows = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines]
-    return "\n".join([*rows, f"gallery of {summary['gallery']} people, chance {summary['chance']:.1%}"])
+    return "\n".join([*rows, f"gallery of {summary['gallery']} people, chance {summary['chance']:.1%}, strength {summary['strength']:g}"])
 
 
 def contact_sheet(output: Path, found: dict[str, Rows], gallery: int) -> Image.Image:
@@ -108,7 +117,7 @@ def contact_sheet(output: Path, found: dict[str, Rows], gallery: int) -> Image.I
         for i, other in enumerate(true.get(person, [])[:others]):
             _paste(sheet, output / other["picture"], at_others + i * step, y)
         for line, method in enumerate(methods):
-            draw.text((at_prompts - GAP, y + line * row + CELL // 2), method, INK, small, anchor="rm")
+            draw.text((at_prompts - GAP, y + line * row + CELL // 2), re.sub(r"(?<=[:,])|(?=@)", "\n", method), INK, small, anchor="rm")
             for each in found[method].get(person, []):
                 _generated(sheet, output, each, at_prompts + prompts.index(each["prompt"]) * step, y + line * row)
     return sheet

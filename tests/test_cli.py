@@ -230,6 +230,7 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_two(call, people, me):
     assert "no file gone.safetensors" in refused(call, "generate", "gone.safetensors", "a", "-o", "out")
     assert "no export format" in refused(call, "export", me, "--format", "onnx", "-o", "x.safetensors")
     assert "known are base" in refused(call, "evaluate", people, "--method", "magic", "-o", "out")
+    assert "no setting named rate" in refused(call, "evaluate", people, "--method", "meta-lora:rate=1", "-o", "out")
     assert "write it like 1/2" in refused(call, "evaluate", people, "--method", "base", "-o", "out", "--part", "half")
     assert "holds no metadata.jsonl" in refused(call, "meta-train", ".", "--domain", "woman", "-o", "out")
     assert "nobody of the domain dog" in refused(call, "meta-train", people, "--domain", "dog", "-o", "out")

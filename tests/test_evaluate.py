@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from metalora import MetaLoraError, Personalizer
-from metalora.evaluate import Method, evaluate
-from metalora.report import CELL, TRUE_PHOTOS, contact_sheet, read_rows, summarise, table, wrap, write_report
+from metalora.adapter import attach_plain, trainable
+from metalora.config import AdaptConfig
+from metalora.evaluate import evaluate
+from metalora.methods import Method
+from metalora.report import CELL, TRUE_PHOTOS, contact_sheet, folder_of, read_rows, summarise, table, wrap, write_report
 from metalora.webreport import html_report
 
 from .conftest import run, state_hash
@@ -83,6 +88,25 @@ def test_true_photos_are_the_ceiling_without_themselves(done):
     assert row["r_facesim"] < 0.9999 and (output / row["picture"]).is_file()  # not compared with itself
 
 
+def test_the_size_of_what_is_learnt_is_that_of_the_trained_tensors_and_the_file(done, personalizer, people, tmp_path):
+    base, methods = personalizer.base, done[2]["methods"]
+    with attach_plain(base.transformer, replace(base.settings.adapter, rank=1), torch.Generator().manual_seed(0)) as adapter:
+        assert methods["lora-r1@2"]["parameters"] == sum(p.numel() for p in trainable(adapter))
+    identity = personalizer.adapt(people / "ann-0.png", "woman", steps=3)
+    assert methods["meta-lora"]["parameters"] == sum(t.numel() for pair in identity.factors.values() for t in pair)
+    assert methods["meta-lora"]["bytes"] == identity.save(tmp_path / "ann.safetensors").stat().st_size
+    assert methods["base"]["parameters"] == methods["base"]["bytes"] == 0
+
+
+def test_strength_changes_the_pictures_and_is_stated(done, personalizer, people, tmp_path):
+    _, summary = run(evaluate(personalizer, people, ["meta-lora"], tmp_path, steps=3, limit=1, strength=0.5))
+    assert summary["strength"] == 0.5 and done[2]["strength"] == 1
+    pictures = [Image.open(folder / read_rows(folder / "meta-lora")["000-ann"][0]["picture"]) for folder in (done[0], tmp_path)]
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+    with pytest.raises(MetaLoraError, match="strength"):
+        run(evaluate(personalizer, people, ["meta-lora"], done[0], steps=3, strength=0.5))
+
+
 def test_progress_rises_to_the_end(done):
     _, progress, _ = done
     assert progress[2].what == "looking at the photos of cleo"
@@ -143,6 +167,36 @@ def test_methods_are_read_from_their_names():
     for name in ("lora", "lora-r0", "base@3", "meta-lora@0", "../x", "lora-r1@", TRUE_PHOTOS):
         with pytest.raises(MetaLoraError, match="known are base, meta-lora"):
             Method.parse(name)
+
+
+def test_a_method_lays_its_settings_over_those_of_the_base():
+    config = AdaptConfig(seed=7)
+    got = Method.parse("meta-lora:learning_rate=2e-3,steps=250,flow.logit_mean=0.5,margin=[1,2]")
+    assert got.over(config) == replace(config, learning_rate=2e-3, steps=250, margin=(1, 2), flow=replace(config.flow, logit_mean=0.5))
+    assert got.name == "meta-lora:learning_rate=2e-3,flow.logit_mean=0.5,margin=[1,2]@250"  # a point of the same curve as other steps
+    assert got == Method.parse(got.name) and re.fullmatch(r"[\w@=.,+-]+", folder_of(got.name))
+    assert Method.parse("lora-r4:steps=9") == Method.parse("lora-r4@9")
+    assert Method.parse("lora-r4").over(config) == config
+
+
+@pytest.mark.parametrize("settings, fault", [
+    ("rate=1", "no setting named rate; known are"), ("flow.mean=1", "no setting named mean"), ("steps=2.5", "must be a int"), ("steps=many", "not understood"),
+    ("learning_rate=NaN", "not understood"), ("", "not understood"), ("../x=1", "named"), ("steps=0", "out of range"), ("learning_rate=-1", "out of range"),
+    ("margin=[2,1]", "out of range"), ("crops=2,crops=3", "twice"), ("steps=2@3", "twice"), ("seed=3", "--seed"), ("steps=" + "1" * 200, "not understood"),
+    ("flow=1,flow.logit_mean=1", "twice"), ("crops=[1]", "must be a int"),
+])  # fmt: skip
+def test_a_wrong_setting_of_a_method_is_a_sentence(settings, fault):
+    with pytest.raises(MetaLoraError, match=fault):
+        Method.parse(f"meta-lora:{settings}")
+
+
+def test_other_settings_make_other_pictures_in_a_folder_of_their_own(done, personalizer, people):
+    name = "meta-lora:learning_rate=0.5,batch_size=2"
+    _, summary = run(evaluate(personalizer, people, [name], done[0].parent / "trial", steps=3, limit=1))
+    rows = [read_rows(folder)["000-ann"][0] for folder in (done[0] / "meta-lora", done[0].parent / "trial" / folder_of(name))]
+    assert rows[1]["method"] == name and name in summary["methods"] and summary["methods"][name]["steps"] == 3
+    paths = [folder / row["picture"] for folder, row in zip((done[0], done[0].parent / "trial"), rows)]
+    assert Image.open(paths[0]).tobytes() != Image.open(paths[1]).tobytes()
 
 
 def test_impossible_parts_are_refused(personalizer, people, tmp_path):

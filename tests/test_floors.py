@@ -15,7 +15,7 @@ FLOORS = [
     {"quantise", "publish"},
     {"base"},
     {"cache"},
-    {"train", "score", "webreport"},
+    {"train", "score", "webreport", "methods"},
     {"adapt", "meta", "generate"},
     {"personalizer", "report"},
     {"evaluate"},

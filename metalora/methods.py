@@ -1,0 +1,101 @@
+"""The methods that an evaluation compares, read from their names: what is learnt, and with which settings."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .config import AdaptConfig, overlay
+from .errors import MetaLoraError
+
+METHODS = (
+    "base, meta-lora, lora-r1 (or any rank), each of the last two also with its number of steps: lora-r1@625, "
+    "and with other settings: meta-lora:learning_rate=2e-3,batch_size=2"
+)
+LONGEST = 160  # characters of a name, which is a folder's name too
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to come from a photo to pictures."""
+
+    name: str  # with the steps at its end, wherever they were asked for, so that runs of different length are one family
+    kind: str  # "base": nothing is learnt; "meta-lora"; "lora"; TRUE_PHOTOS: the ceiling, nothing is generated
+    rank: int = 0
+    steps: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)  # laid over the base's AdaptConfig
+
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """"base", "meta-lora", "lora-r1", "meta-lora@100", "meta-lora:learning_rate=2e-3,flow.logit_mean=0.5".
+
+        MetaLoraError for anything else.
+        """
+        found = re.fullmatch(r"(?:(base)|((?:(meta-lora)|(lora)-r([1-9]\d{0,2}))(:[^@]*)?)(?:@([1-9]\d{0,5}))?)", name)
+        if not found:
+            raise MetaLoraError(f"There is no method {name}; known are {METHODS}.")
+        base, stem, meta, lora, rank, asked, at = found.groups()
+        steps, settings = int(at) if at else None, {}
+        if asked is not None:
+            settings, own = _settings(asked[1:], name)
+            if own is not None and steps is not None:
+                raise MetaLoraError(f"The method {name} gives its steps twice; leave out one.")
+            steps = own or steps
+            others = [part for part in _parts(asked[1:]) if not part.startswith("steps=")]
+            stem = stem.removesuffix(asked) + (":" + ",".join(others) if others else "")
+        if len(name) > LONGEST:
+            raise MetaLoraError(f"The name of a method has at most {LONGEST} characters, not {len(name)}; change fewer settings at a time.")
+        label = (base or stem) + (f"@{steps}" if steps else "")
+        return cls(label, base or meta or lora, int(rank or 0), steps, settings)
+
+    def over(self, config: AdaptConfig) -> AdaptConfig:
+        """`config` as this method wants it."""
+        return overlay(config, self.settings | ({"steps": self.steps} if self.steps else {}), f"the method {self.name}")
+
+
+def _parts(text: str) -> list[str]:
+    return re.split(r",(?![^\[]*\])", text)  # not at the commas of a list
+
+
+def _settings(text: str, name: str) -> tuple[dict[str, Any], int | None]:
+    """key=value,… as nested settings that AdaptConfig takes, and the steps, which are kept apart."""
+    settings: dict[str, Any] = {}
+    for part in _parts(text):
+        key, _, value = part.partition("=")
+        *outer, last = key.split(".")
+        inner = settings
+        for each in outer:
+            inner = inner.setdefault(each, {})
+            if not isinstance(inner, dict):
+                raise MetaLoraError(f"The method {name} gives {each} twice; leave out one.")
+        if last in inner:
+            raise MetaLoraError(f"The method {name} gives {key} twice; leave out one.")
+        inner[last] = _value(value, part, name)
+    if "seed" in settings:
+        raise MetaLoraError("The seed is the same for all methods; give it with --seed.")
+    _check(overlay(AdaptConfig(), settings, f"the method {name}"), name)
+    return settings, settings.pop("steps", None)
+
+
+def _value(text: str, part: str, name: str) -> Any:
+    """A number, or a list of numbers as [0.6,1.6]."""
+    try:
+        value = json.loads(text, parse_constant=float)
+    except ValueError:
+        value = None
+    several = value if isinstance(value, list) else [value]
+    if not several or not all(type(v) in (int, float) and abs(v) < 1e9 for v in several):
+        raise MetaLoraError(f"{part} in the method {name} is not understood; write it like learning_rate=2e-3 or margin=[0.6,1.6].")
+    return value
+
+
+def _check(config: AdaptConfig, name: str) -> None:
+    counts = min(config.steps, config.batch_size, config.crops) >= 1
+    sizes = min(config.learning_rate, config.max_grad_norm, config.flow.logit_std) > 0
+    rest = min(config.weight_decay, config.warmup_steps) >= 0
+    margin = len(config.margin) == 2 and 0 <= config.margin[0] <= config.margin[1]
+    if not (counts and sizes and rest and margin):
+        raise MetaLoraError(f"The method {name} has a setting out of range: counts are 1 or more, rates above 0, a margin goes from less to more.")
