@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import socket
 import subprocess
 import sys
@@ -23,7 +21,7 @@ from PIL import Image
 
 from . import hub
 from .config import DEFAULT_BASE
-from .doctor import PACKAGES, device, version
+from .doctor import machine
 from .errors import MetaLoraError
 from .generate import unload_people
 from .personalizer import Personalizer
@@ -145,11 +143,10 @@ def main(arguments: list[str] | None = None) -> None:
             bars |= measure(given.base, given.meta_down, given.photo, given.domain, Path(folder))
     except MetaLoraError as error:
         sys.exit(str(error))
-    machine = {**device(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(), "packages": {name: version(name) for name in PACKAGES}}
     for name, value in bars.items():
         print(f"{name:55} {value:.2f}" if isinstance(value, float) else f"{name:55} {value}")
     if given.json:
-        given.json.write_text(json.dumps({"base": given.base, "bars": bars, "machine": machine}, indent=1) + "\n")
+        given.json.write_text(json.dumps({"base": given.base, "bars": bars, "machine": machine()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -129,11 +129,21 @@ def device() -> dict[str, Any]:
     """The device that would be used, the machine's memory and the free disk."""
     import torch
 
+    from .plan import system_memory
+
     gpu = torch.cuda.is_available()
     properties = torch.cuda.get_device_properties(0) if gpu else None
     name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB" if properties else f"CPU, {os.cpu_count()} cores"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    memory = system_memory() or 0
     return {"device": name, "gpu": gpu, "memory_gib": memory / 2**30, "disk_free_gib": shutil.disk_usage(Path.cwd()).free / 2**30}
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement was made on: device, memory, cores, threads and versions."""
+    import torch
+
+    versions = {name: version(name) for name in PACKAGES}
+    return {**device(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(), "packages": versions}
 
 
 def version(package: str) -> str | None:

@@ -32,6 +32,7 @@ from .prompts import anyone, fill
 from .report import SETTINGS, TRUE_PHOTOS, folder_of, write_report
 from .score import Scorer, gallery_entry, likeness, nearest, number
 
+
 @dataclass(frozen=True)
 class Progress:
     """How far an evaluation is."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from . import cards
-from .cards import clock
 from .errors import MetaLoraError
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Line:
     def step(self, report: StepReport) -> None:
         """A step of a training."""
         speed = f"{report.steps_per_second:.1f} it/s" if report.steps_per_second >= 1 else f"{1 / report.steps_per_second:.1f} s/it"
-        self.show(report.step / report.steps, f"step {report.step}/{report.steps}  loss {report.loss:.4f}{self._unseen(report)}  {speed}  {clock(report.seconds_left)} left")
+        self.show(report.step / report.steps, f"step {report.step}/{report.steps}  loss {report.loss:.4f}{self._unseen(report)}  {speed}  {cards.clock(report.seconds_left)} left")
 
     def _unseen(self, report: StepReport) -> str:
         """The last loss on people that were kept out."""
@@ -63,7 +62,7 @@ class Line:
 
     def progress(self, report: Progress) -> None:
         """A piece of an evaluation."""
-        self.show(report.done, f"{report.done:4.0%}  {report.what}  {clock(report.seconds_left)} left")
+        self.show(report.done, f"{report.done:4.0%}  {report.what}  {cards.clock(report.seconds_left)} left")
 
     def fetched(self, report: Fetched) -> None:
         """A piece of a download."""

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -32,16 +30,15 @@ from .adapter import attach, find_targets, random_downs, trainable
 from .base import Base, Text
 from .cache import TrainingSet
 from .config import DEFAULT_BASE, BaseSettings, FlowConfig
-from .doctor import PACKAGES, device, version
+from .doctor import machine
 from .errors import MetaLoraError
 from .generate import unload_people
-from .plan import FLUX_DEV, Choice, Model, Plan, Work
+from .plan import FLUX_DEV, GIB, Choice, Model, Plan, Work
 from .train import draw_rows, fit, flow_loss, optimizer
 
 FULL_SIZE = "flux-dev"
 PEER_RANK = 16  # what people train today
 PICTURES = 8  # of the training set
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,8 @@ def random_pictures(base: Base, case: Case) -> TrainingSet:
 
     return TrainingSet(
         mean=draw(PICTURES, side**2, config.in_channels), std=0.1 * draw(PICTURES, side**2, config.in_channels).abs(),
-        image_ids=flow.image_ids(2 * side, 2 * side).to(base.device, base.transformer.dtype),
-        text=Text(*(t.to(base.transformer.dtype) for t in (draw(1, case.text_tokens, config.joint_attention_dim), draw(1, config.pooled_projection_dim)))),
+        image_ids=flow.image_ids(2 * side, 2 * side).to(base.device, base.dtype),
+        text=Text(*(t.to(base.dtype) for t in (draw(1, case.text_tokens, config.joint_attention_dim), draw(1, config.pooled_projection_dim)))),
         caption=torch.zeros(PICTURES, dtype=torch.int64, device=base.device), subject=torch.zeros(PICTURES, dtype=torch.int64, device=base.device),
     )  # fmt: skip
 
@@ -126,7 +123,7 @@ def _peft_steps(base: Base, data: TrainingSet, case: Case, parameters: list[nn.P
     adamw = torch.optim.AdamW(parameters, lr=1e-4)
     generator = torch.Generator().manual_seed(1)
     for rows in draw_rows(data, case.batch, generator):
-        with torch.autocast(base.device.type, torch.bfloat16, enabled=base.transformer.dtype == torch.bfloat16):
+        with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
             loss = flow_loss(base, data, rows.to(base.device), generator, FlowConfig())
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -190,14 +187,14 @@ def matrix_rate(place: torch.device, dtype: torch.dtype) -> float:
 
 def compare(base: Base, cases: Sequence[Case], ways: Sequence[str], warmup: int, steps: int) -> dict[str, Any]:
     """All ways on all cases, with their share of the roofline: the time that Meta-LoRA's operations take at the matrix rate."""
-    rate, rows = matrix_rate(base.device, base.transformer.dtype), []
+    rate, rows = matrix_rate(base.device, base.dtype), []
     for case in cases:
         found = [row for way in ways if (row := _measured(base, case, way, warmup, steps))]
         least = 1000 * min((row["tera-operations a step"] for row in found), default=0) * 1e12 / rate
         for row in found:
             rows.append({"resolution": case.resolution, "text tokens": case.text_tokens, "batch": case.batch, **row, "share of roofline": least / row["ms a step"]})
             print(_line(rows[-1]), flush=True)
-    return {"base": base.name, "dtype": str(base.transformer.dtype), "matrix tera-operations a second": rate / 1e12, "steps": rows}
+    return {"base": base.name, "dtype": str(base.dtype), "matrix tera-operations a second": rate / 1e12, "steps": rows}
 
 
 def _measured(base: Base, case: Case, way: str, warmup: int, steps: int) -> dict[str, Any] | None:
@@ -239,9 +236,8 @@ def main(arguments: list[str] | None = None) -> None:
     cases = [Case(r, t, b) for r in given.resolution or [s.train_resolution] for t in given.text or [s.max_sequence_length] for b in given.batch or [1]]
     with nullcontext() if given.base == FULL_SIZE else base.resident("transformer"):
         found = compare(base, cases, given.way or list(WAYS), given.warmup, given.steps)
-    machine = {**device(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(), "packages": {name: version(name) for name in PACKAGES}}
     if given.json:
-        given.json.write_text(json.dumps({**found, "machine": machine}, indent=1) + "\n")
+        given.json.write_text(json.dumps({**found, "machine": machine()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

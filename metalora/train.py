@@ -129,7 +129,7 @@ def fit(
             adapter.use_rows(share.of(data.subject[rows]) if adapter.count > 1 else None)
             value = _gradients(base, adapter, data, rows, generator, flow_config, share)
             if share.world > 1:
-                value = _sum_over_processes(parameters, value)
+                value = sum_over_processes(parameters, value)
             if not math.isfinite(value):
                 raise MetaLoraError("The training went astray (the loss is not a number); lower the learning rate and start again.")
             nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -145,8 +145,8 @@ def fit(
             group["lr"] = lr
 
 
-def _sum_over_processes(parameters: Sequence[nn.Parameter], loss: float) -> float:
-    """Gradients and loss, in one message."""
+def sum_over_processes(parameters: Sequence[nn.Parameter], loss: float = 0.0) -> float:
+    """Sum the gradients, in place, and the loss, which is returned; in one message."""
     gradients = [p.grad for p in parameters]
     flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([loss])])
     dist.all_reduce(flat)

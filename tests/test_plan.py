@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from metalora import MetaLoraError, adapter, plan
 from metalora.adapt import adapt, adapt_plain
-from metalora.adapter import attach, find_targets, random_downs
+from metalora.adapter import attach, find_targets
 from metalora.base import Base, _load_pipeline
 from metalora.config import AdapterConfig, BaseSettings
 from metalora.generate import GenerateConfig, Person, generate, unload_people
@@ -295,7 +295,7 @@ def test_memory_that_runs_out_below_the_last_plan_is_a_sentence(base, meta_down,
 def test_going_down_to_fewer_bits_keeps_what_was_learnt(base, meta_down, photo, config, monkeypatch):
     pytest.importorskip("torchao")
     carded = on_gpu(base, "lean-checkpointing")
-    short, (_, before) = replace(config, steps=4), (None, None)
+    short = replace(config, steps=4)
     _, whole = run(adapt(carded, meta_down, photo, short))
     fail_at(carded, monkeypatch, [4])
     _, identity = run(adapt(carded, meta_down, photo, short))

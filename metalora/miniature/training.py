@@ -19,6 +19,7 @@ from torch import nn
 
 from metalora.errors import MetaLoraError
 from metalora.miniature.pipeline import MiniatureConfig
+from metalora.train import sum_over_processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,12 +275,8 @@ class Trainer:
     def _average_gradients(self) -> None:
         """Mean over the processes, in one message."""
         if self.processes.num_processes > 1:
-            gradients = [parameter.grad for parameter in self.parameters]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            flat /= self.processes.num_processes
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+            sum_over_processes(self.parameters)
+            torch._foreach_div_([parameter.grad for parameter in self.parameters], self.processes.num_processes)
 
     def _shared_clock(self, seconds: float) -> float:
         """The first process's seconds: all use up the budget at the same step."""
