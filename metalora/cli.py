@@ -1,41 +1,25 @@
-"""The command line: `python -m metalora COMMAND`. Parse, call, show; what is done is done elsewhere.
-
-Results go to stdout (with --json as one JSON object), progress and faults to stderr. Exit 0: done; 2: it cannot be done as
-asked, with a sentence that says what to do; 1: a fault of ours; 130: stopped.
-"""
+"""The command line: `python -m metalora COMMAND`. Parse, call, show; what is done is done elsewhere."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
-import json
 import os
-import re
-import signal
 import sys
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .config import DEFAULT_BASE
-from .errors import Cancelled, MetaLoraError
+from .errors import MetaLoraError
+from .terminal import Result, check_file, check_folder, command, finish, launch, pair
 
 if TYPE_CHECKING:
     from .base import Base
     from .personalizer import Personalizer
 
-DEBUG = "METALORA_DEBUG"
-SEVERAL = ("--held-out", "--against", "--learnt-from", "--method", "--memory")  # options after which several values may stand
 CHECK_PICTURES = 4  # generated after adapting, where there are held-out photos to compare with
-Result = tuple[dict[str, Any], str]  # for --json, and for people; an empty one is not printed
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help="Meta-LoRA: one photo of a face in, pictures and a LoRA file out.")  # fmt: skip
 
 Photos = Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="One photo of the person, or several.")]
 HeldOut = Annotated[list[Path] | None, typer.Option("--held-out", metavar="PHOTO...", help="Other photos of the same person, to score with; nothing is learnt from them.")]
@@ -49,40 +33,6 @@ PlanName = Annotated[str | None, typer.Option("--plan", envvar="METALORA_PLAN", 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 
 
-def command(work: Callable[..., Result]) -> Callable[..., None]:
-    """Make `work` a command: print its result, and turn every fault into its sentence and exit code."""
-
-    @app.command(name=work.__name__.replace("_", "-"))
-    @functools.wraps(work)
-    def run(**arguments: Any) -> None:
-        as_json = arguments["json"]
-        try:
-            with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no result
-                result, text = work(**arguments)
-            if result:
-                print(json.dumps(result) if as_json else text, flush=True)
-        except (Cancelled, KeyboardInterrupt):
-            _end("Stopped; nothing half done was kept.", 130, as_json)
-        except MetaLoraError as error:
-            _end(str(error), 2, as_json)
-        except BrokenPipeError:  # whoever read our output has gone
-            sys.stdout = open(os.devnull, "w")
-            raise typer.Exit(1) from None
-        except Exception as error:  # the one place that turns a fault of ours into words
-            _end(f"Something went wrong on our side ({type(error).__name__}: {error}); set {DEBUG}=1 to see where.", 1, as_json)
-
-    return run
-
-
-def _end(sentence: str, code: int, as_json: bool) -> None:
-    if os.environ.get(DEBUG) == "1":
-        traceback.print_exc(file=sys.stderr)
-    print(sentence, file=sys.stderr, flush=True)
-    if as_json:
-        print(json.dumps({"error": sentence}), flush=True)
-    raise typer.Exit(code) from None
-
-
 @command
 def adapt(
     photos: Photos, domain: Domain, output: Output, held_out: HeldOut = None, steps: Steps = None, seed: Seed = 0,
@@ -90,7 +40,7 @@ def adapt(
     base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Learn a person from one photo or several; writes an identity file."""
-    _check_file(output)
+    check_file(output)
     from .photo import load_photo
     from .progress import Line
 
@@ -128,8 +78,8 @@ def generate(
     base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Generate pictures of a person into a folder; each PNG says in its metadata what made it."""
-    _check_folder(output)
-    wanted = _pair(size, "x", "--size", "768x512") if size else None
+    check_folder(output)
+    wanted = pair(size, "x", "--size", "768x512") if size else None
     from .generate import save_png
     from .identity import Identity
     from .progress import Line
@@ -155,7 +105,7 @@ def export(
     base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Write a person as an ordinary LoRA that other programs read."""
-    _check_file(output)
+    check_file(output)
     from .identity import Identity
 
     person = Identity.load(identity)
@@ -198,17 +148,23 @@ def meta_train(
     base: BaseName = DEFAULT_BASE, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Learn the Meta-Down of a domain; stopped, it goes on from its last checkpoint. Also under accelerate launch."""
-    _check_folder(output)
+    check_folder(output)
     from .metadown import TENSORS
 
     if (output / TENSORS).exists():
         raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
+    import torch
+
+    from .base import Base
     from .data import load_dataset
-    from .meta import CHECKPOINT
+    from .meta import CHECKPOINT, learn_domain
     from .progress import Line, tensorboard
 
     people = load_dataset(dataset, open_pictures=True).of_domain(domain)
     first = int(os.environ.get("RANK", 0)) == 0
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()
+    opened = Base.open(base, f"cuda:{os.environ['LOCAL_RANK']}" if several else None, plan, "stage 1")
+    _say_plan(opened)
     record = tensorboard(log, name or output.name) if log and first else None
     with Line() as line:
 
@@ -218,33 +174,13 @@ def meta_train(
             if record:
                 record(report)
 
-        found = _finish(_meta_training(people, domain, output, name or output.name, rounds, seed, base, plan), show)
+        found = finish(learn_domain(opened, people, domain, name or output.name, output, rounds, seed), show)
     if not first:
         return {}, ""  # one of several processes speaks for all
     found.save(output)
     (output / CHECKPOINT).unlink(missing_ok=True)
     result = {"output": str(output), "domain": domain, "people": found.training["subjects"], "sha256": found.sha256, "steps": found.training["steps"]}
     return result, f"{output}: the Meta-Down of {found.training['subjects']} people of the domain {domain}"
-
-
-def _meta_training(people: list, domain: str, output: Path, name: str, rounds: int | None, seed: int, base: str, plan: str | None) -> Generator:
-    from dataclasses import replace
-
-    import torch
-
-    from .base import Base
-    from .data import kept_out
-    from .meta import bucket_of_photos
-    from .meta import meta_train as stage1
-
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()
-    opened = Base.open(base, f"cuda:{os.environ['LOCAL_RANK']}" if several else None, plan, "stage 1")
-    _say_plan(opened)
-    config, words = replace(opened.settings.meta, seed=seed, rounds=rounds or opened.settings.meta.rounds), f"{opened.settings.trigger} {domain}"
-    learnt, unseen = kept_out(people, min(config.validation_people, config.bucket_size))
-    halves = [[s.items[k::2] for s in unseen] for k in (0, 1)]
-    judged = tuple(bucket_of_photos(opened, half, words)(range(len(half))) for half in halves) if unseen else None
-    return stage1(opened, len(learnt), bucket_of_photos(opened, [s.items for s in learnt], words), domain, config, name=name, folder=output, unseen=judged)
 
 
 @command
@@ -258,8 +194,8 @@ def evaluate(
     base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Compare methods on people they have never seen; goes on where it was stopped."""
-    _check_folder(output)
-    split = _pair(part, "/", "--part", "1/2") if part else (1, 1)
+    check_folder(output)
+    split = pair(part, "/", "--part", "1/2") if part else (1, 1)
     from .evaluate import evaluate as run
     from .methods import Method
     from .progress import Line
@@ -269,7 +205,7 @@ def evaluate(
         Method.parse(each)
     personalizer = _open(base, meta_down, plan)
     with Line() as line:
-        summary = _finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, part=split, strength=strength), line.progress)
+        summary = finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, part=split, strength=strength), line.progress)
     return summary, f"{table(summary)}\n{output / 'summary.json'}\n{output / 'report.html'}"
 
 
@@ -325,17 +261,6 @@ def _anyone(prompt: str, domain: str) -> str:
     return fill(prompt, anyone(domain))
 
 
-def _finish(run: Generator, show: Callable[[Any], object]) -> Any:
-    """Show all that a generator yields; its return value."""
-    try:
-        while True:
-            show(next(run))
-    except StopIteration as end:
-        return end.value
-    finally:
-        run.close()
-
-
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Mean of each score over the pictures that have it."""
     columns = {key: [float(row[key]) for row in rows if row[key] is not None] for key in rows[0] if key != "file"}
@@ -347,50 +272,6 @@ def _listed(scores: dict[str, Any]) -> str:
     return ", ".join(f"{name} {scores[key]:.3f}" for key, name in names.items() if scores.get(key) is not None) or "no face found"
 
 
-def _pair(text: str, between: str, option: str, example: str) -> tuple[int, int]:
-    found = re.fullmatch(rf"(\d{{1,6}}){between}(\d{{1,6}})", text)
-    if not found:
-        raise MetaLoraError(f"{option} {text} is not understood; write it like {example}.")
-    return int(found[1]), int(found[2])
-
-
-def _check_file(output: Path) -> None:
-    """Say at once, and not after an hour's work, that the result cannot be written."""
-    if output.suffix != ".safetensors":
-        raise MetaLoraError(f"The result is a .safetensors file; name it {output.with_suffix('.safetensors').name if output.name else 'me.safetensors'}.")
-    if output.is_dir():
-        raise MetaLoraError(f"{output} is a folder; give the name of a file.")
-    _check_folder(output.parent)
-
-
-def _check_folder(folder: Path) -> None:
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise MetaLoraError(f"{there} is no folder; choose another place for the output.")
-    if not os.access(there, os.W_OK):
-        raise MetaLoraError(f"{there} cannot be written; choose another place for the output.")
-
-
-def spread(arguments: Sequence[str]) -> list[str]:
-    """`--against A B` as `--against A --against B`, for the options of SEVERAL."""
-    out: list[str] = []
-    option = ""
-    for argument in arguments:
-        if argument.startswith("-") and len(argument) > 1:
-            option = argument if argument in SEVERAL else ""
-            out += [] if option else [argument]
-        else:
-            out += [option, argument] if option else [argument]
-    return out
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and leave with its exit code."""
-    if os.environ.get(DEBUG) != "1":
-        warnings.simplefilter("ignore")
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without our dashes is no fault
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a stop from outside tidies up too
-    app(spread(sys.argv[1:] if arguments is None else arguments), prog_name="python -m metalora")
+    """Run one of the commands above and leave with its exit code."""
+    launch(arguments)

@@ -23,7 +23,7 @@ from .adapter import Adapter, attach, random_downs
 from .base import Base
 from .cache import TrainingSet, encode, mirrored, to_tensor
 from .config import SETTINGS_FILE, AdapterConfig, MetaConfig
-from .data import Item
+from .data import Item, Subject, kept_out
 from .errors import MetaLoraError
 from .files import load_tensors, save_tensors
 from .metadown import MetaDown
@@ -187,3 +187,15 @@ def bucket_of_photos(base: Base, people: Sequence[Sequence[Item]], words: str) -
         return encode(base, to_tensor(mirrored(photos)), [*captions, *map(prompts.mirrored, captions)], [number for number, _ in items] * 2)
 
     return encode_bucket
+
+
+def learn_domain(
+    base: Base, people: list[Subject], domain: str, name: str, folder: Path, rounds: int | None = None, seed: int = 0
+) -> Generator[StepReport, None, MetaDown]:  # fmt: skip
+    """Stage 1 on a dataset's people of one domain, some of whom are kept out to judge it; see `meta_train`."""
+    config = replace(base.settings.meta, seed=seed, rounds=rounds or base.settings.meta.rounds)
+    words = f"{base.settings.trigger} {domain}"
+    learnt, unseen = kept_out(people, min(config.validation_people, config.bucket_size))
+    halves = [[s.items[k::2] for s in unseen] for k in (0, 1)]
+    judged = tuple(bucket_of_photos(base, half, words)(range(len(half))) for half in halves) if unseen else None
+    return meta_train(base, len(learnt), bucket_of_photos(base, [s.items for s in learnt], words), domain, config, name=name, folder=folder, unseen=judged)

@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from metalora import Identity
-from metalora.cli import SEVERAL, main, spread
+from metalora.cli import main
+from metalora.terminal import SEVERAL, spread
 from metalora.metadown import MetaDown
 from metalora.progress import Line
 from metalora.train import StepReport

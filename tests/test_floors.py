@@ -23,7 +23,8 @@ FLOORS = [
     {"cards"},
     {"handlers"},
     {"samples", "page", "progress"},
-    {"cli", "bench", "speed"},
+    {"terminal", "bench", "speed"},
+    {"cli"},
     {"__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
