@@ -1,7 +1,7 @@
 """The benchmark: every person of a dataset, learnt from the reference by every method, asked for every prompt, and scored.
 
 What is done lies in the output folder: METHOD/PERSON.jsonl with a line a picture, written once the person is complete, and
-the pictures beside it. A run that is started again goes on with what lacks, and several processes may share the work.
+the pictures beside it. A run that is started again goes on with what lacks, and several processes share the people.
 """
 
 from __future__ import annotations
@@ -28,18 +28,10 @@ from .identity import Identity
 from .methods import Method
 from .personalizer import Personalizer, plain_faults
 from .photo import load_photo
+from .processes import CLAIMS, WAITING, Pace, Progress, here, share_out, shown
 from .prompts import anyone, fill
 from .report import SETTINGS, TRUE_PHOTOS, folder_of, write_report
 from .score import Scorer, gallery_entry, likeness, nearest, number
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far an evaluation is."""
-
-    done: float  # share of the work, 0 … 1
-    what: str
-    seconds_left: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,17 +51,16 @@ class Someone:
 
 def evaluate(
     personalizer: Personalizer, folder: str | Path, methods: Sequence[str], output: str | Path, *,
-    steps: int | None = None, seed: int = 0, limit: int | None = None, part: tuple[int, int] = (1, 1), strength: float = 1.0,
+    steps: int | None = None, seed: int = 0, limit: int | None = None, strength: float = 1.0,
 ) -> Generator[Progress, None, dict[str, Any]]:  # fmt: skip
     """Run what lacks, then write summary.json, contact-sheet.png and report.html over all that is in `output`; returns the summary.
 
-    `limit` takes the first people only, `part` (k, n) every n-th of them from the k-th on; the gallery is always the whole
-    dataset. `strength` is the weight of the person while pictures are made.
+    `limit` takes the first people only; the gallery is always the whole dataset. `strength` is the weight of the person while
+    pictures are made. Under `accelerate launch`, or started several times, the processes share the people, one at a time each;
+    the first of a launch waits for all and writes the report, and the summary of the others is empty.
     Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.
     """
     chosen = [*dict.fromkeys(Method.parse(name) for name in methods), Method(TRUE_PHOTOS, TRUE_PHOTOS)]
-    if not 1 <= part[0] <= part[1]:
-        raise MetaLoraError(f"Part {part[0]}/{part[1]} does not exist; write 1/2 and 2/2 for two halves.")
     data = load_dataset(folder, need_prompts=True, need_others=True)
     bench = Bench(personalizer, data, Path(output), steps, seed, strength)
     people, left_out = yield from bench.meet()
@@ -77,14 +68,25 @@ def evaluate(
     settings = {"dataset": _sha256(Path(folder).expanduser() / METADATA), "prompts": data.prompts, "gallery": len(people), "seed": seed, "strength": strength}
     for method in chosen:
         bench.claim(method, settings, people)
-    mine = people[:limit][part[0] - 1 :: part[1]]
-    jobs = [(person, method) for person in mine for method in chosen if not bench.path(person, method).is_file()]
-    pace = Pace(sum(bench.cost(method) for _, method in jobs))
-    for person, method in jobs:
-        for share in bench.run(person, method, gallery, [p.subject.identity for p in people]):
-            yield pace.at(share * bench.cost(method), f"{person.subject.identity}, {method.name}")
-        pace.before += bench.cost(method)
-    return write_report(bench.output, [m.name for m in chosen], left_out)
+    wanted = {person.file: person for person in people[:limit]}
+
+    def lacking(file: str) -> list[Method]:
+        return [method for method in chosen if not bench.path(wanted[file], method).is_file()]
+
+    def left() -> float:
+        return sum(bench.cost(method) for file in wanted for method in lacking(file))
+
+    pace = Pace(left())
+    for file in share_out(list(wanted), lambda file: not lacking(file), bench.output / CLAIMS):
+        pace.before = pace.units - left()
+        if file is None:
+            yield pace.at(0, WAITING)
+            continue
+        for method in lacking(file):
+            for share in bench.run(wanted[file], method, gallery, [p.subject.identity for p in people]):
+                yield pace.at(share * bench.cost(method), f"{wanted[file].subject.identity}, {method.name}")
+            pace.before += bench.cost(method)
+    return write_report(bench.output, [m.name for m in chosen], left_out) if here().first else {}
 
 
 class Bench:
@@ -174,8 +176,10 @@ class Bench:
         photos, domain, config = [i.path for i in person.subject.references], person.subject.domain, method.over(self.config)
         p = self.personalizer
         if method.kind == "meta-lora":
-            return (yield from _shares(p.adapt_meta_steps(photos, domain, config), share))
-        return (yield from _shares(p.adapt_plain_steps(photos, domain, method.rank, config), share))
+            steps = p.adapt_meta_steps(photos, domain, config)
+        else:
+            steps = p.adapt_plain_steps(photos, domain, method.rank, config)
+        return (yield from shown(steps, lambda report: share * report.step / report.steps))
 
     def _pictures(self, person: Someone, learnt: Person | None) -> Iterator[Image.Image]:
         """A picture a prompt. Noise differs from person to person and is the same for all methods."""
@@ -208,30 +212,6 @@ class Bench:
                 "clip_t": number(clip_t[i]), "clip_i": number(clip_i[i]),
             })  # fmt: skip
         return rows
-
-
-class Pace:
-    """Work in units, of which `before` are done, and the time the rest will take at the speed so far."""
-
-    def __init__(self, units: float):
-        self.units, self.before, self._start = max(units, 1e-9), 0.0, time.perf_counter()
-
-    def at(self, more: float, what: str) -> Progress:
-        """A report with `more` units done beyond `before`."""
-        done = min(self.before + more, self.units)
-        return Progress(done / self.units, what, (time.perf_counter() - self._start) * (self.units - done) / max(done, 1e-9))
-
-
-def _shares(run: Generator[Any, None, Any], share: float) -> Generator[float, None, Any]:
-    """Step reports → shares of the whole, up to `share`; hands the run's value on."""
-    try:
-        while True:
-            report = next(run)
-            yield share * report.step / report.steps
-    except StopIteration as end:
-        return end.value
-    finally:
-        run.close()
 
 
 def _size(identity: Identity | None) -> dict[str, int]:

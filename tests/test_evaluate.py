@@ -1,4 +1,4 @@
-"""The benchmark on a small real base: complete, resumable, divisible, and honest about whom it leaves out."""
+"""The benchmark on a small real base: complete, resumable, shared, and honest about whom it leaves out."""
 
 from __future__ import annotations
 
@@ -122,18 +122,33 @@ def test_a_second_run_does_nothing_anew(done, personalizer, people):
     assert len(progress) == 3 and again == summary and contents(output) == before
 
 
-def test_a_broken_run_goes_on_and_parts_make_the_whole(done, personalizer, people, tmp_path):
-    broken = evaluate(personalizer, people, METHODS, tmp_path, steps=3, part=(1, 2))
+def without_places(folder) -> dict[str, list]:
+    return {k: [{**r, "reference": 0, "picture": 0} for r in rows] for k, rows in scores(folder).items()}
+
+
+def test_a_broken_run_goes_on(done, personalizer, people, tmp_path):
+    broken = evaluate(personalizer, people, METHODS, tmp_path, steps=3)
     for _ in range(20):
         next(broken)
     broken.close()
-    assert not list(tmp_path.rglob("*.part"))
-    _, half = run(evaluate(personalizer, people, METHODS, tmp_path, steps=3, part=(1, 2)))
-    assert half["methods"]["meta-lora"]["people"] == 2 and half["gallery"] == 3
-    _, whole = run(evaluate(personalizer, people, METHODS, tmp_path, steps=3, part=(2, 2)))
-    assert whole["methods"]["meta-lora"]["people"] == 3
-    strip = [{k: [{**r, "reference": 0, "picture": 0} for r in rows] for k, rows in scores(folder).items()} for folder in (done[0], tmp_path)]
-    assert strip[0] == strip[1]
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.lock"))
+    _, summary = run(evaluate(personalizer, people, METHODS, tmp_path, steps=3))
+    assert summary["methods"]["meta-lora"]["people"] == 3 and without_places(done[0]) == without_places(tmp_path)
+
+
+def test_processes_share_the_people_and_the_first_writes_the_report(done, personalizer, people, tmp_path, monkeypatch):
+    first = evaluate(personalizer, people, ["base"], tmp_path)
+    while "ann" not in next(first).what or not (tmp_path / "base").exists():
+        pass  # up to the first picture of ann, whom the first process is at from then on
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, summary = run(evaluate(personalizer, people, ["base"], tmp_path))
+    assert summary == {} and not (tmp_path / "summary.json").exists()
+    assert sorted(read_rows(tmp_path / "base")) == ["001-bea", "002-cleo"]
+    monkeypatch.delenv("RANK")
+    _, summary = run(first)
+    assert summary["methods"]["base"]["people"] == 3 and not (tmp_path / ".claims").exists()
+    assert without_places(tmp_path)["base/000-ann"] == without_places(done[0])["base/000-ann"]
 
 
 def test_a_limit_keeps_the_gallery_whole(personalizer, people, tmp_path):
@@ -197,12 +212,6 @@ def test_other_settings_make_other_pictures_in_a_folder_of_their_own(done, perso
     assert rows[1]["method"] == name and name in summary["methods"] and summary["methods"][name]["steps"] == 3
     paths = [folder / row["picture"] for folder, row in zip((done[0], done[0].parent / "trial"), rows)]
     assert Image.open(paths[0]).tobytes() != Image.open(paths[1]).tobytes()
-
-
-def test_impossible_parts_are_refused(personalizer, people, tmp_path):
-    for part in ((0, 2), (3, 2)):
-        with pytest.raises(MetaLoraError, match="does not exist"):
-            run(evaluate(personalizer, people, ["base"], tmp_path, part=part))
 
 
 # ---- the report
