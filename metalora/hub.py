@@ -150,12 +150,23 @@ def _download(repo: str, revision: str | None, files: list[str], on_fetch: OnFet
 
 
 def _fetch_blobs(repo: str, commit: str, files: dict[str, Any], on_fetch: OnFetch | None) -> None:
-    """Put files into the client's cache under their SHA-256. What an earlier download left there is used."""
+    """Put files into the client's cache under their SHA-256. What an earlier download left there is used.
+
+    Of several processes one fetches; the others wait, and find it there.
+    """
+    from filelock import FileLock
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
-    blobs.mkdir(parents=True, exist_ok=True)
+    cache, name = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repo, repo_type="model")
+    locks, blobs = cache / ".locks" / name, cache / name / "blobs"
+    for folder in (locks, blobs):
+        folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / "metalora.lock"):
+        _fetch_missing(repo, commit, files, blobs, on_fetch)
+
+
+def _fetch_missing(repo: str, commit: str, files: dict[str, Any], blobs: Path, on_fetch: OnFetch | None) -> None:
     missing = {lfs.sha256: (name, lfs.size) for name, lfs in files.items() if not (blobs / lfs.sha256).exists()}
     parts = {sha: blobs / f"{sha}.part" for sha in missing}
     watch = Watch(repo, sum(size for _, size in missing.values()), sum(p.stat().st_size for p in parts.values() if p.exists()), on_fetch)

@@ -155,6 +155,15 @@ def test_a_killed_download_goes_on_where_it_was(server, tiny_base, tmp_path):
     assert all((folder / path.relative_to(tiny_base)).read_bytes() == path.read_bytes() for path in tiny_base.rglob("*") if path.is_file())
 
 
+def test_of_two_processes_that_need_the_same_files_one_fetches_them(server, tiny_base, tmp_path):
+    server.pause = 0.02
+    both = [subprocess.Popen([sys.executable, "-c", SCRIPT, "base:org/flux"], env=environment(server.url, tmp_path), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [json.loads(each.communicate(timeout=120)[0])["base:org/flux"] for each in both]
+    assert said[0] == said[1] and "model_index.json" in said[0]
+    weights = sum(path.stat().st_size for path in tiny_base.rglob("*.safetensors"))
+    assert sum(size for name, size in server.sent.items() if name.endswith(".safetensors")) == weights
+
+
 def test_a_download_says_how_far_it_is(server, tiny_base, tmp_path):
     code = "from metalora import hub; hub.base_folder('org/flux', on_fetch=lambda f: print(f.done, f.total, f.rate > 0, f.seconds_left >= 0))"
     done = subprocess.run([sys.executable, "-c", code], env=environment(server.url, tmp_path), capture_output=True, text=True, timeout=60)
