@@ -212,10 +212,12 @@ def evaluate(
     output: Output, steps: Steps = None, seed: Seed = 0,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first people only.")] = None,
     strength: Annotated[float, typer.Option("--strength", help="How strongly the person comes into the pictures.")] = 1.0,
+    dino: Annotated[str | None, typer.Option("--dino", metavar="HUB_ID|FOLDER", help="A DINO model, such as facebook/dinov2-small, to score whole pictures with too.")] = None,
     base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Compare methods on people they have never seen; goes on where it was stopped. Also under accelerate launch."""
     check_folder(output)
+    from . import hub
     from .evaluate import evaluate as run
     from .methods import Method
     from .progress import Line
@@ -225,7 +227,9 @@ def evaluate(
         Method.parse(each)
     personalizer = _open(base, meta_down, plan)
     with Line() as line:
-        summary = finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, strength=strength), line.progress)
+        dino = str(hub.model_folder(dino, line.fetched)) if dino else None
+    with Line() as line:
+        summary = finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, strength=strength, dino=dino), line.progress)
     if not here().first:
         return {}, ""
     return summary, f"{table(summary)}\n{output / 'summary.json'}\n{output / 'report.html'}"

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from . import hub
 from .data import METADATA, Dataset, Subject, load_dataset
+from .dino import Dino
 from .errors import MetaLoraError
 from .files import save_json, write_atomically
 from .generate import GenerateConfig, Person, generate, save_png, unload_people
@@ -51,21 +53,22 @@ class Someone:
 
 def evaluate(
     personalizer: Personalizer, folder: str | Path, methods: Sequence[str], output: str | Path, *,
-    steps: int | None = None, seed: int = 0, limit: int | None = None, strength: float = 1.0,
+    steps: int | None = None, seed: int = 0, limit: int | None = None, strength: float = 1.0, dino: str | None = None,
 ) -> Generator[Progress, None, dict[str, Any]]:  # fmt: skip
     """Run what lacks, then write summary.json, contact-sheet.png and report.html over all that is in `output`; returns the summary.
 
     `limit` takes the first people only; the gallery is always the whole dataset. `strength` is the weight of the person while
-    pictures are made. Under `accelerate launch`, or started several times, the processes share the people, one at a time each;
+    pictures are made. With `dino`, the Hub id or folder of a DINO model, pictures get that score too. Under `accelerate launch`, or started several times, the processes share the people, one at a time each;
     the first of a launch waits for all and writes the report, and the summary of the others is empty.
     Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.
     """
     chosen = [*dict.fromkeys(Method.parse(name) for name in methods), Method(TRUE_PHOTOS, TRUE_PHOTOS)]
     data = load_dataset(folder, need_prompts=True, need_others=True)
-    bench = Bench(personalizer, data, Path(output), steps, seed, strength)
+    bench = Bench(personalizer, data, Path(output), steps, seed, strength, Dino(hub.model_folder(dino)) if dino else None)
     people, left_out = yield from bench.meet()
     gallery = np.stack([gallery_entry(p.others) for p in people])  # (g, 512)
     settings = {"dataset": _sha256(Path(folder).expanduser() / METADATA), "prompts": data.prompts, "gallery": len(people), "seed": seed, "strength": strength}
+    settings["dino"] = bench.scorer.dino.sha256 if bench.scorer.dino else ""
     for method in chosen:
         bench.claim(method, settings, people)
     wanted = {person.file: person for person in people[:limit]}
@@ -92,11 +95,11 @@ def evaluate(
 class Bench:
     """The people, the parts that score, and the folder."""
 
-    def __init__(self, personalizer: Personalizer, data: Dataset, output: Path, steps: int | None, seed: int, strength: float):
+    def __init__(self, personalizer: Personalizer, data: Dataset, output: Path, steps: int | None, seed: int, strength: float, dino: Dino | None):
         self.personalizer, self.data, self.output, self.seed, self.strength = personalizer, data, output, seed, strength
         self.config = replace(personalizer.base.settings.adapt, seed=seed)
         self.config = self.config if steps is None else replace(self.config, steps=steps)
-        self.scorer = Scorer(personalizer.finder, personalizer.clip)
+        self.scorer = Scorer(personalizer.finder, personalizer.clip, dino)
 
     def meet(self) -> Generator[Progress, None, tuple[list[Someone], dict[str, str]]]:
         """Embed everybody's photos. Who cannot be learnt or recognised is left out, with the reason."""
@@ -129,7 +132,7 @@ class Bench:
             settings["meta_down"] = {d: self.personalizer.meta_down(d).sha256 for d in sorted({p.subject.domain for p in people})}
         path = self.output / folder_of(method.name) / SETTINGS
         if path.is_file():
-            found = {"strength": 1.0} | json.loads(path.read_text(encoding="utf-8"))  # folders of before it could be chosen
+            found = {"strength": 1.0, "dino": ""} | json.loads(path.read_text(encoding="utf-8"))  # folders of before it could be chosen
             other = [key for key in settings if found.get(key) != settings[key]]
             if other:
                 raise MetaLoraError(f"{path.parent} was made with other settings ({', '.join(other)}); choose another output folder, or remove it.")
@@ -197,6 +200,7 @@ class Bench:
         faces = self.scorer.faces(images)
         clip_t = self.scorer.clip_t(images, [fill(text, somebody) for text in texts])
         clip_i = self.scorer.clip_i(images, references)
+        dino = self.scorer.dino_i(images, references) if self.scorer.dino else None
         rows = []
         for i, face in enumerate(faces):
             others = np.delete(person.others, i, axis=0) if true else person.others
@@ -209,7 +213,7 @@ class Bench:
                 "face": who >= 0, "nearest": names[who] if who >= 0 else None,
                 "identified": None if np.isnan(known[person.number]).any() else who == person.number,
                 **{key: number(value[0]) for key, value in likeness(face[None], person.photos, others).items()},
-                "clip_t": number(clip_t[i]), "clip_i": number(clip_i[i]),
+                "clip_t": number(clip_t[i]), "clip_i": number(clip_i[i]), **({} if dino is None else {"dino": number(dino[i])}),
             })  # fmt: skip
         return rows
 

@@ -28,6 +28,7 @@ PIPELINE_FILES = [
     "vae/*.safetensors", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*",
 ]  # fmt: skip
 ANSWER_WITHIN = 4  # seconds that the Hub may take for its first answer
+MODEL_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 META_DOWN_FILES = ["meta_down.safetensors", "config.json", "README.md"]
 
 
@@ -88,6 +89,14 @@ def meta_down_folder(place: str, domain: str = "", download: bool = True) -> Pat
         kind = f" for {domain}" if domain else ""
         raise MetaLoraError(f"The folder {folder} holds no Meta-Down{kind}; give a folder with {TENSORS} and {CONFIG}.")
     return fetch(place, META_DOWN_FILES, lambda found: (found / TENSORS).is_file() and (found / CONFIG).is_file(), download)
+
+
+def model_folder(place: str, on_fetch: OnFetch | None = None) -> Path:
+    """Local folder of a model of transformers that looks at pictures: `place` itself, or fetched from the Hub."""
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        return folder
+    return fetch(place, MODEL_FILES, lambda found: (found / "preprocessor_config.json").is_file() and _part_is_complete(found), on_fetch=on_fetch)
 
 
 def domains_in(place: str | Path) -> list[str]:

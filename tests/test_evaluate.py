@@ -20,7 +20,7 @@ from metalora.report import CELL, TRUE_PHOTOS, contact_sheet, folder_of, read_ro
 from metalora.webreport import html_report
 
 from .conftest import run, state_hash
-from .parts import GREY, write_people
+from .parts import GREY, build_small_dino, write_people
 
 PROMPTS = ("a photo of {person} in a red cap", "in the green park, smiling")
 METHODS = ["base", "meta-lora", "lora-r1@2"]
@@ -105,6 +105,18 @@ def test_strength_changes_the_pictures_and_is_stated(done, personalizer, people,
     assert pictures[0].tobytes() != pictures[1].tobytes()
     with pytest.raises(MetaLoraError, match="strength"):
         run(evaluate(personalizer, people, ["meta-lora"], done[0], steps=3, strength=0.5))
+
+
+def test_with_a_dino_pictures_have_one_score_more(done, personalizer, people, tmp_path):
+    dino = str(build_small_dino(tmp_path / "dino"))
+    _, summary = run(evaluate(personalizer, people, ["base"], tmp_path / "out", limit=2, dino=dino))
+    own = [row["dino"] for person in read_rows(tmp_path / "out" / "base").values() for row in person]
+    assert len(own) == 4 and summary["methods"]["base"]["dino"]["mean"] == pytest.approx(sum(own) / 4)
+    assert "DINO" in table(summary) and ">DINO<" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "dino" not in done[2]["methods"]["base"] and "DINO" not in table(done[2]) and ">DINO<" not in (done[0] / "report.html").read_text(encoding="utf-8")
+    for folder, given in ((tmp_path / "out", None), (done[0], dino)):
+        with pytest.raises(MetaLoraError, match="other settings .*dino"):
+            run(evaluate(personalizer, people, ["base"], folder, steps=None, dino=given))
 
 
 def test_progress_rises_to_the_end(done):

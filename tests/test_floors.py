@@ -10,7 +10,7 @@ FLOORS = [
     {"errors"},
     {"config", "licence"},
     {"flow", "adapter", "files", "photo", "face", "clip"},
-    {"data", "metadown", "prompts", "processes"},
+    {"data", "metadown", "prompts", "processes", "dino"},
     {"identity", "hub", "plan"},
     {"quantise", "publish"},
     {"base"},
