@@ -95,7 +95,7 @@ def _value(text: str, part: str, name: str) -> Any:
 def _check(config: AdaptConfig, name: str) -> None:
     counts = min(config.steps, config.batch_size, config.crops) >= 1
     sizes = min(config.learning_rate, config.max_grad_norm, config.flow.logit_std) > 0
-    rest = min(config.weight_decay, config.warmup_steps) >= 0
+    rest = min(config.weight_decay, config.warmup_steps, config.background, 1 - config.background) >= 0
     margin = len(config.margin) == 2 and 0 <= config.margin[0] <= config.margin[1]
     if not (counts and sizes and rest and margin):
-        raise MetaLoraError(f"The method {name} has a setting out of range: counts are 1 or more, rates above 0, a margin goes from less to more.")
+        raise MetaLoraError(f"The method {name} has a setting out of range: counts are 1 or more, rates above 0, shares 0 to 1, a margin goes from less to more.")
