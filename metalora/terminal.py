@@ -6,8 +6,10 @@ asked, with a sentence that says what to do; 1: a fault of ours; 130: stopped.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
@@ -139,4 +141,5 @@ def launch(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without our dashes is no fault
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a stop from outside tidies up too
+    atexit.register(gc.freeze)  # to look through all that was imported, for what nobody needs any more, takes seconds at the end
     app(spread(sys.argv[1:] if arguments is None else arguments), prog_name="python -m metalora")
