@@ -256,6 +256,26 @@ def test_a_fault_of_ours_is_exit_one_and_shows_itself_on_demand(call, me, monkey
     assert "Traceback" in call("export", me, "-o", "x.safetensors")[2]
 
 
+# ---- one of several processes
+
+
+def test_only_the_first_process_speaks_but_each_of_its_own_faults(call, people, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for command in (["adapt-all", people, "--domain", "woman", "--steps", 1], ["evaluate", people, "--method", "base", "--limit", 1]):
+        code, out, err = call(*command, "--output", command[0], "--json")
+        assert (code, out) == (0, "") and "%" not in err and "step" not in err
+    assert not Path("evaluate/summary.json").exists() and len(list(Path("adapt-all").glob("*.safetensors"))) == 2
+    code, out, err = call("adapt-all", "nowhere", "--output", "out", "--json")
+    assert (code, out) == (2, "") and err.startswith("Process 2 of 2: The dataset folder nowhere is not there")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metalora.data.load_dataset", stop)
+    assert call("adapt-all", people, "--output", "out", "--json") == (130, "", "")
+
+
 # ---- as processes
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from metalora import Identity, MetaLoraError, Personalizer
 from metalora.data import load_dataset
+from metalora.evaluate import evaluate
 from metalora.people import adapt_all, file_names
 from metalora.processes import CLAIMS, Pace, Process, claim, here, share_out
 
@@ -201,6 +202,17 @@ def test_a_launch_of_two_of_which_one_is_killed_loses_nothing(alone, tiny_base, 
     assert list(json.loads(done.stdout)["people"]) == list(COLOURS)  # one object, of the first process
     assert files(tmp_path) == files(alone) and {path.name for path in tmp_path.iterdir()} == {path.name for path in alone.iterdir()}
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
+
+
+def test_a_launch_of_two_evaluates_as_one_process_does(personalizer, tiny_base, meta_downs, people, tmp_path):
+    _, alone = run(evaluate(personalizer, people, ["meta-lora"], tmp_path / "alone", steps=3))
+    command = [sys.executable, "-m", "metalora", "evaluate", str(people), "--method", "meta-lora", "--steps", "3", "--output", str(tmp_path / "two"), "--json"]
+    done = subprocess.run(launched(command), env=environment(tiny_base, meta_downs), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    both = json.loads(done.stdout)
+    assert both == json.loads((tmp_path / "two" / "summary.json").read_text()) and not (tmp_path / "two" / CLAIMS).exists()
+    one, two = (summary["methods"]["meta-lora"] for summary in (alone, both))
+    assert two["people"] == len(COLOURS) and all(two[key]["mean"] == pytest.approx(one[key]["mean"], abs=1e-5) for key in ("r_facesim", "clip_t", "clip_i"))
 
 
 def wait_for(there, process: subprocess.Popen):
