@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .adapter import Adapter, attach, attach_plain, find_targets, without_first
@@ -20,6 +20,7 @@ from .metadown import MetaDown
 from .train import Clock, StepReport, fit, flow_loss, two_rates, warmup
 
 Preview = Callable[[], Image.Image]
+FACE_ROOM = 0.2  # of the box's size, added on every side: hair line, ears and chin are the person's too
 
 
 def crops(image: Image.Image, box: Sequence[float], size: int, config: AdaptConfig, seed: int = 0) -> list[Image.Image]:
@@ -39,6 +40,14 @@ def crops(image: Image.Image, box: Sequence[float], size: int, config: AdaptConf
         squares.append(_square(image.size, box, min(most, side), rng.random(), rng.random()))
     upright = [image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, box=square) for square in squares]
     return mirrored(upright)
+
+
+def face_mask(size: tuple[int, int], box: Sequence[float], background: float) -> Image.Image:
+    """How much each pixel of a (width, height) picture counts: an ellipse round the face at `box` in full, the rest `background`."""
+    mask = Image.new("L", size, round(255 * background))
+    across, down = FACE_ROOM * (box[2] - box[0]), FACE_ROOM * (box[3] - box[1])
+    ImageDraw.Draw(mask).ellipse((box[0] - across, box[1] - down, box[2] + across, box[3] + down), fill=255)
+    return mask
 
 
 def _square(picture: tuple[int, int], box: Sequence[float], side: float, x: float, y: float) -> tuple[float, float, float, float]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -31,6 +32,7 @@ class TrainingSet:
     text: Text  # of the m different captions
     caption: Tensor  # (k,) int64, row of `text`
     subject: Tensor  # (k,) int64 in [0, n)
+    weight: Tensor | None = None  # (k, tokens) how much each token counts in the loss; None: all the same
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -43,7 +45,8 @@ class TrainingSet:
     def to(self, device: torch.device, dtype: torch.dtype) -> TrainingSet:
         """The same set on a device; latents stay float32, embeddings take `dtype`."""
         text = Text(*(t.to(device, dtype) for t in self.text))
-        moved = {name: getattr(self, name).to(device) for name in ("mean", "std", "image_ids", "caption", "subject")}
+        tensors = {name: getattr(self, name) for name in ("mean", "std", "image_ids", "caption", "subject", "weight")}
+        moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
         return replace(self, text=text, **moved)
 
     def select(self, subjects: Sequence[int]) -> TrainingSet:
@@ -56,11 +59,17 @@ class TrainingSet:
     def pictures(self, kept: Tensor) -> TrainingSet:
         """The pictures at `kept` (k',), of the same subjects."""
         captions, caption = self.caption[kept].unique(return_inverse=True)
-        return replace(self, mean=self.mean[kept], std=self.std[kept], text=self.text.rows(captions), caption=caption, subject=self.subject[kept])
+        weight = None if self.weight is None else self.weight[kept]
+        return replace(self, mean=self.mean[kept], std=self.std[kept], text=self.text.rows(captions), caption=caption, subject=self.subject[kept], weight=weight)
 
 
-def encode(base: Base, images: Tensor, captions: Sequence[str], subjects: Sequence[int] | None = None) -> TrainingSet:
-    """Encode (k, 3, height, width) pictures in [-1, 1] with a caption each; all of subject 0 unless told."""
+def encode(
+    base: Base, images: Tensor, captions: Sequence[str], subjects: Sequence[int] | None = None, masks: Tensor | None = None
+) -> TrainingSet:  # fmt: skip
+    """Encode (k, 3, height, width) pictures in [-1, 1] with a caption each; all of subject 0 unless told.
+
+    `masks` (k, 1, height, width) in [0, 1] say how much each pixel counts.
+    """
     assert len(images) == len(captions) and len(images) > 0, "a caption for each picture"
     pictures = min(CHUNK, max(1, PIXELS_AT_ONCE // images[0, 0].numel()))
     moments = [base.encode_images(chunk) for chunk in images.split(pictures)]
@@ -76,6 +85,7 @@ def encode(base: Base, images: Tensor, captions: Sequence[str], subjects: Sequen
         text=Text(*(torch.cat(parts) for parts in zip(*texts))),
         caption=torch.tensor([number[c] for c in captions], device=base.device),
         subject=torch.tensor(subjects if subjects is not None else [0] * len(captions), device=base.device),
+        weight=None if masks is None else F.adaptive_avg_pool2d(masks, (mean.shape[2] // 2, mean.shape[3] // 2)).flatten(1).to(base.device),
     )
 
 

@@ -65,6 +65,7 @@ class AdaptConfig(Terse):
     margin: tuple[float, float] = (0.6, 1.6)  # least and most room round the face box, in face heights
     warmup_steps: int = 10  # of the learning rate
     max_grad_norm: float = 1.0
+    background: float = _later(1.0)  # how much what lies outside the face counts in the loss; 0: it is not learnt at all
     flow: FlowConfig = field(default_factory=FlowConfig)
     seed: int = 0
     start_mid: float = _later(1.0)  # how far Mid begins at the Meta-Down's learnt start, where it has one; 0: as if it had none

@@ -103,8 +103,9 @@ class Bench:
         self.personalizer, self.data, self.output, self.seed, self.strength = personalizer, data, output, seed, strength
         settings, same = personalizer.base.settings, {"seed": seed} | ({} if steps is None else {"steps": steps})
         self.config = replace(settings.adapt, **same)
-        # An ordinary LoRA has the settings that suit it best, and all the rest in common: photo, crops, noise levels, seed.
-        self.plain = replace(settings.plain, crops=settings.adapt.crops, margin=settings.adapt.margin, flow=settings.adapt.flow, **same)
+        # An ordinary LoRA has the settings that suit it best, and all the rest in common: photo, crops, loss, seed.
+        common = {name: getattr(settings.adapt, name) for name in ("crops", "margin", "background", "flow")}
+        self.plain = replace(settings.plain, **common, **same)
         self.scorer = Scorer(personalizer.finder, personalizer.clip)
 
     def meet(self) -> Generator[Progress, None, tuple[list[Someone], dict[str, str]]]:

@@ -194,22 +194,27 @@ class Personalizer:
         config = config or self.adapt_config
         images = [load_photo(photo) for photo in photos]
         seen = [(image.size, hashlib.sha256(image.tobytes()).digest()) for image in images]
-        key = (seen, domain, face, config.crops, config.margin, config.seed)
+        key = (seen, domain, face, config.crops, config.margin, config.background, config.seed)
         if self._encoded is None or self._encoded[0] != key:
             self._encoded = key, self._encode(images, domain, config, face)
         return self._encoded[1]
 
     def _encode(self, images: Sequence[Image.Image], domain: str, config: AdaptConfig, face: int | None) -> cache.TrainingSet:
         settings = self.base.settings
-        crops, captions = [], []
+        crops, masks, captions = [], [], []
         for number, image in enumerate(images):
-            found = self.pick(image, face)
-            cut = stage2.crops(image, found.box, settings.train_resolution, config, config.seed + number)
+            box = self.pick(image, face).box
+            cut, mask = (  # the mask is cut as the photo is
+                stage2.crops(picture, box, settings.train_resolution, config, config.seed + number)
+                for picture in (image, stage2.face_mask(image.size, box, config.background))
+            )
             crops += cut
+            masks += mask
             caption = self._captioner.caption(cut[0], f"{settings.trigger} {domain}", domain)
             captions += [caption] * (len(cut) // 2) + [mirrored(caption)] * (len(cut) // 2)
         with plain_faults():
-            return cache.encode(self.base, cache.to_tensor(crops), captions)
+            weights = (cache.to_tensor(masks)[:, :1] + 1) / 2 if config.background < 1 else None
+            return cache.encode(self.base, cache.to_tensor(crops), captions, masks=weights)
 
     def _own_pictures(self, domain: str, seed: int) -> cache.TrainingSet:
         """What the base itself makes of the class, in various clothes and places, encoded; the last set is kept. See `config.prior`."""

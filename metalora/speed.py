@@ -1,6 +1,6 @@
 """How fast a person is learnt, against ordinary LoRA training and against what the device could do at best.
 
-    python -m metalora.speed [--base flux-dev] [--json FILE]
+    python -m metalora.speed [--base flux-dev] [--script] [--json FILE]
 
 Speed and memory do not depend on what the weights say, so `flux-dev` is a transformer of FLUX.1-dev's size with random ones;
 any other base is opened as it is. All ways of training take turns in one process, on the same pictures, layers and draws.
@@ -13,6 +13,7 @@ import gc
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,10 +23,11 @@ from typing import Any
 
 import metalora  # noqa: F401  before torch: it sets how threads wait
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import flow
+from . import flow, peer
 from .adapter import attach, find_targets, random_downs, trainable
 from .base import Base, Text
 from .cache import TrainingSet
@@ -173,6 +175,16 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> dict[s
     return found | ({"peak GiB beyond the weights": (torch.cuda.max_memory_allocated(base.device) - held) / GIB} if gpu else {})
 
 
+def measure_script(base: Base, case: Case, steps: int) -> dict[str, Any]:
+    """The same of diffusers' own script, run as it is on a made-up photo, in processes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        photo = Path(folder, "photo.png")
+        Image.effect_noise((case.resolution, case.resolution), 64).convert("RGB").save(photo)
+        config = peer.PeerConfig(PEER_RANK, steps, batch_size=case.batch)
+        seconds = peer.seconds_a_step(base.folder, [photo], case.resolution, case.text_tokens, config)
+    return {"way": f"diffusers' script, rank {PEER_RANK}", "ms a step": 1000 * seconds}
+
+
 def matrix_rate(place: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product on this device: what no training step can pass."""
     side = 8192 if place.type == "cuda" else 2048
@@ -185,12 +197,16 @@ def matrix_rate(place: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
-def compare(base: Base, cases: Sequence[Case], ways: Sequence[str], warmup: int, steps: int) -> dict[str, Any]:
-    """All ways on all cases, with their share of the roofline: the time that Meta-LoRA's operations take at the matrix rate."""
+def compare(base: Base, cases: Sequence[Case], ways: Sequence[str], warmup: int, steps: int, script_steps: int = 0) -> dict[str, Any]:
+    """All ways on all cases, with their share of the roofline: the time that Meta-LoRA's operations take at the matrix rate.
+
+    With `script_steps`, diffusers' own script too, over so many steps.
+    """
     rate, rows = matrix_rate(base.device, base.dtype), []
     for case in cases:
         found = [row for way in ways if (row := _measured(base, case, way, warmup, steps))]
         least = 1000 * min((row["tera-operations a step"] for row in found), default=0) * 1e12 / rate
+        found += [measure_script(base, case, script_steps)] if script_steps else []
         for row in found:
             rows.append({"resolution": case.resolution, "text tokens": case.text_tokens, "batch": case.batch, **row, "share of roofline": least / row["ms a step"]})
             print(_line(rows[-1]), flush=True)
@@ -221,12 +237,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, action="append", help="repeatable; 1 when not given")
     parser.add_argument("--meta-rank", type=int, help="of Meta-Down; the base's own when not given")
     parser.add_argument("--way", action="append", choices=list(WAYS), metavar="WAY", help=f"one of {', '.join(WAYS)}; repeatable; all when not given")
+    parser.add_argument("--script", type=int, nargs="?", const=100, default=0, metavar="STEPS", help="also diffusers' own training script, which is fetched, over so many steps (%(const)s)")
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
+    if given.script and given.base == FULL_SIZE:
+        sys.exit("diffusers' script reads its base from a folder; leave out --script, or choose another --base.")
     try:
+        if given.script:
+            peer.check()
         base = random_flux(torch.device(given.device)) if given.base == FULL_SIZE else Base.open(given.base, given.device)
     except MetaLoraError as error:
         sys.exit(str(error))
@@ -235,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     s = base.settings
     cases = [Case(r, t, b) for r in given.resolution or [s.train_resolution] for t in given.text or [s.max_sequence_length] for b in given.batch or [1]]
     with nullcontext() if given.base == FULL_SIZE else base.resident("transformer"):
-        found = compare(base, cases, given.way or list(WAYS), given.warmup, given.steps)
+        found = compare(base, cases, given.way or list(WAYS), given.warmup, given.steps, given.script)
     if given.json:
         given.json.write_text(json.dumps({**found, "machine": machine()}, indent=1) + "\n")
 

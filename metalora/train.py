@@ -97,16 +97,21 @@ class Share(NamedTuple):
 def flow_loss(base: Base, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share = Share()) -> Tensor:
     """Rectified-flow loss of the pictures `rows` (batch,), with latent sample, noise and noise level drawn from `generator`.
 
-    All draws are made for the whole batch; with a `share` only its rows are worked on, and the shares' losses add up.
+    All draws are made for the whole batch; with a `share` only its rows are worked on, and the shares' losses add up. Where
+    tokens have weights it is the weighted mean.
     """
     shape = (2, len(rows), *data.mean.shape[1:])
     draws = torch.randn(shape, generator=generator), flow.sample_sigmas(len(rows), generator, config)
-    whole, rows = len(rows), share.of(rows)
+    whole = rows
+    rows = share.of(rows)
     spread, noise, sigma = (share.of(t).to(data.mean.device) for t in (*draws[0], draws[1]))  # two (batch, tokens, 64), one (batch,)
     x = data.mean[rows] + data.std[rows] * spread
     noisy = flow.interpolate(x, noise, sigma).to(base.dtype)
     predicted = base.velocity(noisy, sigma, data.text.rows(data.caption[rows]), data.image_ids, base.settings.train_guidance)
-    return F.mse_loss(predicted.float(), flow.target(x, noise)) * (len(rows) / whole)
+    if data.weight is None:
+        return F.mse_loss(predicted.float(), flow.target(x, noise)) * (len(rows) / len(whole))
+    error = F.mse_loss(predicted.float(), flow.target(x, noise), reduction="none").mean(-1)  # (batch, tokens)
+    return (error * data.weight[rows]).sum() / data.weight[whole].sum()
 
 
 def fit(

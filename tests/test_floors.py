@@ -15,7 +15,7 @@ FLOORS = [
     {"quantise", "publish"},
     {"base"},
     {"cache"},
-    {"train", "score", "webreport", "methods"},
+    {"train", "score", "webreport", "methods", "peer"},
     {"adapt", "meta", "generate"},
     {"personalizer", "report"},
     {"evaluate"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,13 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metalora import MetaLoraError
-from metalora.adapt import adapt, adapt_plain, crops
+from metalora.adapt import adapt, adapt_plain, crops, face_mask
 from metalora.adapter import attach
 from metalora.cache import encode, mirrored, to_tensor
 from metalora.config import AdaptConfig, FlowConfig, MetaConfig
 from metalora.data import Item
 from metalora.meta import _members, bucket_of_photos, meta_train
-from metalora.train import Clock, draw_rows, fit, flow_loss, optimizer
+from metalora.train import Clock, Share, draw_rows, fit, flow_loss, optimizer
 
 from .conftest import in_processes, make_meta_down, run, state_hash
 
@@ -97,6 +98,33 @@ def test_the_loss_is_that_of_a_plain_flow_step(base, photo):
     with torch.no_grad():
         v = base.velocity((1 - sigma) * x + sigma * noise, sigma.flatten(), photo.text.rows(photo.caption[rows]), photo.image_ids, 1.0)
     torch.testing.assert_close(got, (v - (noise - x)).square().mean())
+
+
+def test_tokens_count_as_they_are_weighted(base, photo):
+    def loss(weight: torch.Tensor | None, rows: list[int] = [0, 2]) -> float:
+        with torch.no_grad():
+            return flow_loss(base, replace(photo, weight=weight), torch.tensor(rows), torch.Generator().manual_seed(5), FlowConfig()).item()
+
+    even = torch.full(photo.mean.shape[:2], 0.3)
+    assert loss(even) == pytest.approx(loss(None), rel=1e-5)
+    left, right = even.clone(), even.clone()
+    left[:, ::2], right[:, 1::2] = 0, 0
+    assert (loss(left) + loss(right)) / 2 == pytest.approx(loss(None), rel=1e-5) and loss(left) != pytest.approx(loss(right), rel=1e-3)
+    halves = [Share(rank, 2) for rank in (0, 1)]
+    parts = [flow_loss(base, replace(photo, weight=left), torch.tensor([0, 2]), torch.Generator().manual_seed(5), FlowConfig(), half) for half in halves]
+    assert sum(parts).item() == pytest.approx(loss(left), rel=1e-5)
+
+
+@given(left=st.integers(0, 80), top=st.integers(0, 60), face=st.integers(16, 40), background=st.floats(0, 1))
+@settings(max_examples=20, deadline=None)
+def test_the_mask_is_cut_as_the_photo_is_and_counts_the_face_in_full(left, top, face, background):
+    box, config = (left, top, left + face, top + face), AdaptConfig(crops=3)
+    photo = Image.new("L", (120, 100))
+    photo.putpixel((left + face // 2, top + face // 2), 255)
+    for cut, mask in zip(crops(photo, box, 64, config), crops(face_mask(photo.size, box, background), box, 64, config)):
+        cut, mask = (np.asarray(picture)[..., 0] for picture in (cut, mask))
+        assert mask.flat[cut.argmax()] == 255
+        assert mask.min() >= 255 * background - 30  # the filter swings below the edge
 
 
 def test_a_loss_that_is_no_number_is_a_sentence(base, photo, meta_down):

@@ -29,7 +29,7 @@ class MiniatureConfig:
     Args:
         size: edge of a picture in px. The VAE halves it once per width but the last, the transformer packs 2 x 2.
         axes_dims_rope: parts of a head's width that encode (index, row, column); even, they sum to the head's width.
-        clip_tokens: length to which prompts are padded for the CLIP text tower.
+        clip_tokens: length to which prompts are padded for the CLIP text tower; as FLUX.1 has it, for training scripts that count on it.
     """
 
     size: int = 96
@@ -48,7 +48,7 @@ class MiniatureConfig:
     clip_width: int = 96
     clip_layers: int = 2
     clip_heads: int = 4
-    clip_tokens: int = 64
+    clip_tokens: int = 77
     max_sequence_length: int = 32
 
     def __post_init__(self):

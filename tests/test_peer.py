@@ -1,0 +1,73 @@
+"""diffusers' own training script as a peer: fetched once, known by its SHA-256, and run where what it needs is there."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from huggingface_hub import constants
+
+from metalora import peer
+from metalora.errors import MetaLoraError
+from metalora.generate import Person, use_people, unload_people
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """An empty folder of the Hub client's, and the address of a server from which the script comes."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
+    (tmp_path / "www").mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path / "www"))
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(peer, "ADDRESS", f"http://127.0.0.1:{server.server_address[1]}/{peer.NAME}")
+    yield tmp_path / "www" / peer.NAME
+    server.shutdown()
+
+
+def test_it_is_fetched_once_and_must_be_the_one_that_is_known(shelf, monkeypatch):
+    shelf.write_text("print('another script')")
+    with pytest.raises(MetaLoraError, match="not the script that this comparison knows; remove it"):
+        peer.script()
+    found = next(Path(constants.HF_HOME).rglob(peer.NAME))
+    monkeypatch.setattr(peer, "SHA256", hashlib.sha256(shelf.read_bytes()).hexdigest())
+    shelf.unlink()  # from now on it comes from the folder, or not at all
+    assert peer.script() == found
+    found.unlink()
+    with pytest.raises(MetaLoraError, match=f"cannot be fetched .*404.* at {found}"):
+        peer.script()
+    assert not list(found.parent.iterdir())
+
+
+def test_a_dead_network_says_where_to_put_it(shelf, monkeypatch):
+    monkeypatch.setattr(peer, "ADDRESS", "http://127.0.0.1:9/" + peer.NAME)
+    with pytest.raises(MetaLoraError, match="go online, or put"):
+        peer.script()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is here")
+def test_what_it_lacks_is_said_first():
+    with pytest.raises(MetaLoraError, match="pip install torchvision"):
+        peer.check()
+
+
+def test_it_learns_a_lora_that_the_base_loads(base, tmp_path):
+    try:
+        peer.check()
+    except MetaLoraError as error:
+        pytest.skip(str(error))
+    from PIL import Image
+
+    photo = tmp_path / "photo.png"
+    Image.effect_noise((48, 40), 64).save(photo)
+    config = peer.PeerConfig(rank=2, steps=2)
+    lora = peer.train(base.folder, [photo], "a photo of sks woman", base.settings.train_resolution, base.settings.max_sequence_length, config)
+    assert {tensor.shape[0] for name, tensor in lora.items() if "lora_A" in name} == {2}
+    use_people(base, [Person(lora, "sks woman", "0" * 64)])
+    unload_people(base)
+    with pytest.raises(MetaLoraError, match="training script failed"):
+        peer.train(tmp_path, [photo], "a photo", 32, 8, config)
