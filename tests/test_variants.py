@@ -11,11 +11,11 @@ import torch
 from metalora import MetaLoraError, Personalizer
 from metalora.adapt import adapt, adapt_plain
 from metalora.adapter import attach, find_targets, without_first
-from metalora.config import AdaptConfig, AdapterConfig, MetaConfig
+from metalora.config import AdaptConfig, AdapterConfig, FlowConfig, MetaConfig
 from metalora.hub import META_DOWN_FILES
 from metalora.meta import meta_train
 from metalora.metadown import START, MetaDown, is_complete
-from metalora.train import two_rates
+from metalora.train import flow_loss, two_rates
 
 from .conftest import make_meta_down, run, state_hash
 from .parts import write_people
@@ -171,3 +171,18 @@ def test_a_meta_down_without_a_start_is_todays(base, photo, config):
     meta_down = make_meta_down(base, base.settings.adapter)
     one, other = (run(adapt(base, meta_down, photo, replace(config, start_mid=s, start_up=s)))[1] for s in (1.0, 0.3))
     assert equal(one.factors, other.factors)
+
+
+def test_a_start_is_closer_to_people_never_seen_than_none(base, people):
+    """Before a single step of learning, the loss on people who were kept out is lower where the start is that of others."""
+    config = replace(META, rounds=6, bucket_size=4, bucket_steps=8, learning_rate=0.03, down_learning_rate=1e-3)
+    meta_down = run(meta_train(base, 4, people.select, "woman", config, name="t"))[1]
+    unseen = people.select([4, 5])
+
+    def loss(start) -> float:
+        with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter, torch.no_grad():
+            adapter.start(torch.Generator().manual_seed(0))
+            adapter.start_at(start)
+            return sum(flow_loss(base, unseen, torch.arange(len(unseen)), torch.Generator().manual_seed(s), FlowConfig()).item() for s in range(10)) / 10
+
+    assert loss(meta_down.start) < 0.98 * loss({})
