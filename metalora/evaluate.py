@@ -162,7 +162,8 @@ class Bench:
 
     def learning(self, method: Method) -> float:
         """The learning's part of the cost."""
-        return 3 * self.settings(method).batch_size * self.steps(method)
+        config = self.settings(method)
+        return 3 * config.batch_size * self.steps(method) * (2 if config.prior > 0 else 1)
 
     def run(self, person: Someone, method: Method, gallery: np.ndarray, names: Sequence[str]) -> Iterator[float]:
         """Learn, generate, score and write one person; yields the share that is done. A photo made too bad to learn from is a failure."""

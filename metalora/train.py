@@ -179,12 +179,13 @@ def _gradients(
     start = generator.get_state()
 
     def step() -> float:
+        total = 0.0
         with _repeatable(base.device):
-            loss = flow_loss(base, data, rows, generator, config, share)
-            if more:
-                loss = loss + more()
-            loss.backward()
-        return loss.item()
+            for part in filter(None, (partial(flow_loss, base, data, rows, generator, config, share), more)):
+                loss = part()
+                loss.backward()  # one after the other, so that only one's activations are kept
+                total += loss.item()
+        return total
 
     def again() -> None:
         generator.set_state(start)
