@@ -191,21 +191,25 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first people only.")] = None,
     part: Annotated[str | None, typer.Option("--part", metavar="K/N", help="Every N-th person from the K-th on, to share the work between processes.")] = None,
     strength: Annotated[float, typer.Option("--strength", help="How strongly the person comes into the pictures.")] = 1.0,
+    degrade: Annotated[list[str] | None, typer.Option("--degrade", metavar="KIND=STRENGTH...", help="Learn once more from photos made worse: blur=2, noise=0.1, dark=0.5, lowres=0.5, jpeg=0.9, occlusion=0.2.")] = None,
     base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
     """Compare methods on people they have never seen; goes on where it was stopped."""
     check_folder(output)
     split = pair(part, "/", "--part", "1/2") if part else (1, 1)
     from .evaluate import evaluate as run
+    from .degrade import Degradation
     from .methods import Method
     from .progress import Line
     from .report import table
 
     for each in method:
         Method.parse(each)
+    for each in degrade or []:
+        Degradation.parse(each)
     personalizer = _open(base, meta_down, plan)
     with Line() as line:
-        summary = finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, part=split, strength=strength), line.progress)
+        summary = finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, part=split, strength=strength, degrade=degrade or []), line.progress)
     return summary, f"{table(summary)}\n{output / 'summary.json'}\n{output / 'report.html'}"
 
 

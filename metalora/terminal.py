@@ -25,7 +25,7 @@ import typer
 from .errors import Cancelled, MetaLoraError
 
 DEBUG = "METALORA_DEBUG"
-SEVERAL = ("--held-out", "--against", "--learnt-from", "--method", "--memory")  # options after which several values may stand
+SEVERAL = ("--held-out", "--against", "--learnt-from", "--method", "--memory", "--degrade")  # options after which several values may stand
 Result = tuple[dict[str, Any], str]  # for --json, and for people; an empty one is not printed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help="Meta-LoRA: one photo of a face in, pictures and a LoRA file out.")  # fmt: skip

@@ -10,7 +10,7 @@ FLOORS = [
     {"errors"},
     {"config", "licence"},
     {"flow", "adapter", "files", "photo", "face", "clip"},
-    {"data", "metadown", "prompts"},
+    {"data", "metadown", "prompts", "degrade"},
     {"identity", "hub", "plan"},
     {"quantise", "publish"},
     {"base"},
