@@ -21,19 +21,6 @@ SETTINGS_FILE = "metalora.json"
 BLOCK_LINEARS = r"^(single_)?transformer_blocks\.\d+\.(attn|ff|ff_context|proj_mlp|proj_out)\b"
 
 
-def _later(neutral: Any) -> Any:
-    """A setting that came after files with settings in them were first written; at `neutral` nothing is as if it were not there."""
-    return field(default=neutral, metadata={"neutral": neutral})
-
-
-class Terse:
-    """Shown without the later settings that are neutral, so that what was begun before they came is known again and goes on."""
-
-    def __repr__(self) -> str:
-        told = [(f.name, getattr(self, f.name)) for f in fields(self) if "neutral" not in f.metadata or getattr(self, f.name) != f.metadata["neutral"]]
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in told)})"
-
-
 @dataclass(frozen=True)
 class AdapterConfig:
     """Shape of the three-factor adapter  y = W x + scale · Up · Mid · Down · x."""
@@ -53,8 +40,8 @@ class FlowConfig:
     logit_std: float = 1.0
 
 
-@dataclass(frozen=True, repr=False)
-class AdaptConfig(Terse):
+@dataclass(frozen=True)
+class AdaptConfig:
     """Stage 2: one person, one photo or a few. The last ones go beyond the paper, each neutral unless it is set."""
 
     steps: int = 375
@@ -65,21 +52,21 @@ class AdaptConfig(Terse):
     margin: tuple[float, float] = (0.6, 1.6)  # least and most room round the face box, in face heights
     warmup_steps: int = 10  # of the learning rate
     max_grad_norm: float = 1.0
-    background: float = _later(1.0)  # how much what lies outside the face counts in the loss; 0: it is not learnt at all
+    background: float = 1.0  # how much what lies outside the face counts in the loss; 0: it is not learnt at all
     flow: FlowConfig = field(default_factory=FlowConfig)
     seed: int = 0
-    start_mid: float = _later(1.0)  # how far Mid begins at the Meta-Down's learnt start, where it has one; 0: as if it had none
-    start_up: float = _later(1.0)  # the same of Up; 0: the untrained adapter changes nothing
-    up_rate: float = _later(1.0)  # learning rate of Up, in that of the others [LoRA+, arXiv 2402.12354, section 4]
+    start_mid: float = 1.0  # how far Mid begins at the Meta-Down's learnt start, where it has one; 0: as if it had none
+    start_up: float = 1.0  # the same of Up; 0: the untrained adapter changes nothing
+    up_rate: float = 1.0  # learning rate of Up, in that of the others [LoRA+, arXiv 2402.12354, section 4]
     # Factor on the adapter's scale; 1/sqrt(rank) is rsLoRA's [arXiv 2312.03732, section 3]. With Adam and an Up that begins at
     # zero it is the same as up_rate: gradients of Up grow by the factor, which Adam does not see, and its steps count for so much more.
-    scale: float = _later(1.0)
-    skip_blocks: float = _later(0.0)  # share of the transformer's blocks, from the input on, that are left as they are
-    prior: float = _later(0.0)  # weight of the loss on the base's own pictures of the class [DreamBooth, arXiv 2208.12242, section 3.2]
+    scale: float = 1.0
+    skip_blocks: float = 0.0  # share of the transformer's blocks, from the input on, that are left as they are
+    prior: float = 0.0  # weight of the loss on the base's own pictures of the class [DreamBooth, arXiv 2208.12242, section 3.2]
 
 
-@dataclass(frozen=True, repr=False)
-class MetaConfig(Terse):
+@dataclass(frozen=True)
+class MetaConfig:
     """Stage 1: many subjects, once per domain."""
 
     rounds: int = 60  # buckets to go through
@@ -97,7 +84,7 @@ class MetaConfig(Terse):
     validation_steps: int = 60  # that each learns of its photos, with Down held, before the others are looked at
     flow: FlowConfig = field(default_factory=FlowConfig)
     seed: int = 0
-    start_rate: float = _later(0.0)  # how far the start goes towards the mean of each bucket's heads; 0: none is learnt
+    start_rate: float = 0.0  # how far the start goes towards the mean of each bucket's heads; 0: none is learnt
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "metalora"
 FLOORS = [
     {"errors"},
     {"config", "licence"},
-    {"flow", "adapter", "files", "photo", "face", "clip"},
+    {"flow", "adapter", "fold", "files", "photo", "face", "clip"},
     {"data", "metadown", "prompts", "degrade"},
     {"identity", "hub", "plan"},
     {"quantise", "publish"},
