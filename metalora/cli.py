@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ import typer
 
 from .config import DEFAULT_BASE
 from .errors import MetaLoraError
-from .terminal import Result, check_file, check_folder, command, finish, launch, pair
+from .processes import here
+from .terminal import Result, Unfinished, check_file, check_folder, command, finish, launch, pair
 
 if TYPE_CHECKING:
     from .base import Base
@@ -23,6 +23,7 @@ CHECK_PICTURES = 4  # generated after adapting, where there are held-out photos 
 
 Photos = Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="One photo of the person, or several.")]
 HeldOut = Annotated[list[Path] | None, typer.Option("--held-out", metavar="PHOTO...", help="Other photos of the same person, to score with; nothing is learnt from them.")]
+Dataset = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of people's photos, with metadata.jsonl.")]
 Domain = Annotated[str, typer.Option("--domain", help="Kind of person, as the Meta-Downs have it: woman, man, ...")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training steps; the base's own number when not given.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
@@ -48,8 +49,7 @@ def adapt(
     personalizer = _open(base, meta_down, plan)
     for image in others:
         personalizer.pick(image)
-    if personalizer.is_plain:
-        print(f"There is no Meta-Down for {personalizer.base.name}, so the {domain} is learnt as an ordinary LoRA, which takes more steps; make one with meta-train, or give one with --meta-down.", file=sys.stderr)
+    _say_plain(personalizer, f"the {domain} is")
     start = time.perf_counter()
     with Line() as line:
         identity = personalizer.adapt(images, domain, steps, seed, face=face, on_step=line.step)
@@ -63,6 +63,33 @@ def adapt(
         result["scores"] = scores
         text += f"\n{_listed(scores)} (means of {CHECK_PICTURES} generated pictures)"
     identity.save(output)
+    return result, text
+
+
+@command
+def adapt_all(
+    dataset: Dataset, output: Output, domain: Annotated[str | None, typer.Option("--domain", help="Only the people of that kind; everybody when not given.")] = None,
+    steps: Steps = None, seed: Seed = 0, base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
+) -> Result:  # fmt: skip
+    """Learn everybody of a dataset from their reference photos; goes on where it was stopped. Also under accelerate launch."""
+    check_folder(output)
+    from .data import load_dataset
+    from .people import adapt_all as run
+    from .progress import Line
+
+    people = load_dataset(dataset)
+    subjects = people.of_domain(domain) if domain else people.subjects
+    personalizer = _open(base, meta_down, plan)
+    _say_plain(personalizer, "people are")
+    with Line() as line:
+        learnt = finish(run(personalizer, subjects, output, steps=steps, seed=seed), line.progress)
+    if not here().first:
+        return {}, ""
+    result = {"output": str(output), "people": {identity: str(path) for identity, path in learnt.files.items()}, "faults": learnt.faults}
+    text = f"{output}: {len(learnt.files)} of {len(subjects)} people"
+    if learnt.faults:
+        said = "".join(f"\n  - {identity}: {fault}" for identity, fault in learnt.faults.items())
+        raise Unfinished(f"{text}; mend the photos of these and start again:{said}", result)
     return result, text
 
 
@@ -141,8 +168,7 @@ def score(
 
 @command
 def meta_train(
-    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of many people's photos, with metadata.jsonl.")],
-    domain: Domain, output: Output, name: Annotated[str | None, typer.Option("--name", help="What to call it; the output folder's name when not given.")] = None,
+    dataset: Dataset, domain: Domain, output: Output, name: Annotated[str | None, typer.Option("--name", help="What to call it; the output folder's name when not given.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Buckets of people to go through.")] = None,
     seed: Seed = 0, log: Annotated[Path | None, typer.Option("--log", metavar="FOLDER", help="Write a TensorBoard log there.")] = None,
     base: BaseName = DEFAULT_BASE, plan: PlanName = None, json: Json = False,
@@ -153,24 +179,20 @@ def meta_train(
 
     if (output / TENSORS).exists():
         raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
-    import torch
-
     from .base import Base
     from .data import load_dataset
     from .meta import CHECKPOINT, learn_domain
     from .progress import Line, tensorboard
 
     people = load_dataset(dataset, open_pictures=True).of_domain(domain)
-    first = int(os.environ.get("RANK", 0)) == 0
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()
-    opened = Base.open(base, f"cuda:{os.environ['LOCAL_RANK']}" if several else None, plan, "stage 1")
+    first = here().first
+    opened = Base.open(base, here().device(), plan, "stage 1")
     _say_plan(opened)
     record = tensorboard(log, name or output.name) if log and first else None
     with Line() as line:
 
         def show(report: Any) -> None:
-            if first:
-                line.step(report)
+            line.step(report)
             if record:
                 record(report)
 
@@ -189,14 +211,14 @@ def evaluate(
     method: Annotated[list[str], typer.Option("--method", metavar="METHOD...", help="base, meta-lora, lora-r1, ..., with @STEPS for other steps than the base's, or :KEY=VALUE,... for other settings.")],
     output: Output, steps: Steps = None, seed: Seed = 0,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first people only.")] = None,
-    part: Annotated[str | None, typer.Option("--part", metavar="K/N", help="Every N-th person from the K-th on, to share the work between processes.")] = None,
     strength: Annotated[float, typer.Option("--strength", help="How strongly the person comes into the pictures.")] = 1.0,
     degrade: Annotated[list[str] | None, typer.Option("--degrade", metavar="KIND=STRENGTH...", help="Learn once more from photos made worse: blur=2, noise=0.1, dark=0.5, lowres=0.5, jpeg=0.9, occlusion=0.2.")] = None,
+    dino: Annotated[str | None, typer.Option("--dino", metavar="HUB_ID|FOLDER", help="A DINO model, such as facebook/dinov2-small, to score whole pictures with too.")] = None,
     base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
-    """Compare methods on people they have never seen; goes on where it was stopped."""
+    """Compare methods on people they have never seen; goes on where it was stopped. Also under accelerate launch."""
     check_folder(output)
-    split = pair(part, "/", "--part", "1/2") if part else (1, 1)
+    from . import hub
     from .evaluate import evaluate as run
     from .degrade import Degradation
     from .methods import Method
@@ -209,7 +231,11 @@ def evaluate(
         Degradation.parse(each)
     personalizer = _open(base, meta_down, plan)
     with Line() as line:
-        summary = finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, part=split, strength=strength, degrade=degrade or []), line.progress)
+        dino = str(hub.model_folder(dino, line.fetched)) if dino else None
+    with Line() as line:
+        summary = finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, strength=strength, degrade=degrade or [], dino=dino), line.progress)
+    if not here().first:
+        return {}, ""
     return summary, f"{table(summary)}\n{output / 'summary.json'}\n{output / 'report.html'}"
 
 
@@ -243,14 +269,19 @@ def _open(base: str, meta_down: str | None, plan: str | None) -> Personalizer:
     from .progress import Line
 
     with Line() as line:
-        personalizer = Personalizer.open(base, meta_down, plan=plan, on_fetch=line.fetched)
+        personalizer = Personalizer.open(base, meta_down, here().device(), plan, on_fetch=line.fetched)
     _say_plan(personalizer.base)
     return personalizer
 
 
 def _say_plan(base: Base) -> None:
-    if base.device.type != "cpu":  # where there is only one
+    if base.device.type != "cpu" and here().first:  # a CPU has only one
         print(f"plan {base.choice.says}", file=sys.stderr)
+
+
+def _say_plain(personalizer: Personalizer, who: str) -> None:
+    if personalizer.is_plain and here().first:
+        print(f"There is no Meta-Down for {personalizer.base.name}, so {who} learnt as an ordinary LoRA, which takes more steps; make one with meta-train, or give one with --meta-down.", file=sys.stderr)
 
 
 def _scorer(personalizer: Personalizer):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 
 from .errors import MetaLoraError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 32  # pictures or texts at a time
 
@@ -27,21 +31,13 @@ class Clip:
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """(n, d) float32, unit length."""
         model, processor = self._parts
-        return self._features(images, lambda some: model.get_image_features(**processor(images=[i.convert("RGB") for i in some], return_tensors="pt")))
+        return unit_rows(images, lambda some: model.get_image_features(**processor(images=[i.convert("RGB") for i in some], return_tensors="pt")).pooler_output)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """(n, d) float32, unit length; what is longer than the model can read is cut off."""
         model, processor = self._parts
         options = dict(return_tensors="pt", padding=True, truncation=True)
-        return self._features(texts, lambda some: model.get_text_features(**processor(text=list(some), **options)))
-
-    def _features(self, items: Sequence[Any], encode: Any) -> np.ndarray:
-        import torch
-
-        assert len(items) > 0, "something to encode"
-        with torch.no_grad():
-            chunks = [encode(items[i : i + CHUNK]).pooler_output.float() for i in range(0, len(items), CHUNK)]
-        return torch.nn.functional.normalize(torch.cat(chunks), dim=-1).numpy()
+        return unit_rows(texts, lambda some: model.get_text_features(**processor(text=list(some), **options)).pooler_output)
 
     @cached_property
     def _parts(self) -> tuple[Any, Any]:
@@ -51,5 +47,15 @@ class Clip:
         logging.disable_progress_bar()
         try:
             return CLIPModel.from_pretrained(self.place).float().eval(), CLIPProcessor.from_pretrained(self.place)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise MetaLoraError(f"The CLIP model {self.place} cannot be read; get it afresh, or go online once.") from error
+
+
+def unit_rows(items: Sequence[Any], encode: Callable[[Sequence[Any]], Tensor]) -> np.ndarray:
+    """(n, d) float32, unit length: what `encode` makes of some items at a time."""
+    import torch
+
+    assert len(items) > 0, "something to encode"
+    with torch.no_grad():
+        chunks = [encode(items[i : i + CHUNK]).float() for i in range(0, len(items), CHUNK)]
+    return torch.nn.functional.normalize(torch.cat(chunks), dim=-1).numpy()

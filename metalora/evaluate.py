@@ -1,7 +1,7 @@
 """The benchmark: every person of a dataset, learnt from the reference by every method, asked for every prompt, and scored.
 
 What is done lies in the output folder: METHOD/PERSON.jsonl with a line a picture, written once the person is complete, and
-the pictures beside it. A run that is started again goes on with what lacks, and several processes may share the work.
+the pictures beside it. A run that is started again goes on with what lacks, and several processes share the people.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from . import hub
 from .config import AdaptConfig
 from .data import METADATA, Dataset, Subject, load_dataset
 from .degrade import Degradation
+from .dino import Dino
 from .errors import MetaLoraError
 from .files import save_json, write_atomically
 from .generate import GenerateConfig, Person, generate, save_png, unload_people
@@ -30,18 +32,10 @@ from .identity import Identity
 from .methods import LEARNING, Method
 from .personalizer import Personalizer, plain_faults
 from .photo import load_photo
+from .processes import CLAIMS, WAITING, Pace, Progress, here, share_out, shown
 from .prompts import anyone, fill
 from .report import SCORES, SETTINGS, TRUE_PHOTOS, folder_of, write_report
 from .score import Scorer, gallery_entry, likeness, nearest, number
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far an evaluation is."""
-
-    done: float  # share of the work, 0 … 1
-    what: str
-    seconds_left: float
 
 
 class LostFace(MetaLoraError):
@@ -65,48 +59,60 @@ class Someone:
 
 def evaluate(
     personalizer: Personalizer, folder: str | Path, methods: Sequence[str], output: str | Path, *,
-    steps: int | None = None, seed: int = 0, limit: int | None = None, part: tuple[int, int] = (1, 1), strength: float = 1.0, degrade: Sequence[str] = (),
+    steps: int | None = None, seed: int = 0, limit: int | None = None, strength: float = 1.0, degrade: Sequence[str] = (), dino: str | None = None,
 ) -> Generator[Progress, None, dict[str, Any]]:  # fmt: skip
     """Run what lacks, then write summary.json, contact-sheet.png and report.html over all that is in `output`; returns the summary.
 
-    `limit` takes the first people only, `part` (k, n) every n-th of them from the k-th on; the gallery is always the whole
-    dataset. `strength` is the weight of the person while pictures are made. Each of `degrade`, such as "blur=2", has every
-    method learn once more from photos that are so much worse; what it is judged by stays as it is.
+    `limit` takes the first people only; the gallery is always the whole dataset. `strength` is the weight of the person while
+    pictures are made. Each of `degrade`, such as "blur=2", has every method learn once more from photos that are so much
+    worse; what it is judged by stays as it is. With `dino`, the Hub id or folder of a DINO model, pictures get that score too.
+    Under `accelerate launch`, or started several times, the processes share the people, one at a time each; the first of a
+    launch waits for all and writes the report, and the summary of the others is empty.
     Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.
     """
     named = [Method.parse(name) for name in methods]
     worse = [method.degraded(how) for how in map(Degradation.parse, degrade) for method in named if method.kind in LEARNING and not method.degrade]
     chosen = [*dict.fromkeys([*named, *worse]), Method(TRUE_PHOTOS, TRUE_PHOTOS)]
-    if not 1 <= part[0] <= part[1]:
-        raise MetaLoraError(f"Part {part[0]}/{part[1]} does not exist; write 1/2 and 2/2 for two halves.")
     data = load_dataset(folder, need_prompts=True, need_others=True)
-    bench = Bench(personalizer, data, Path(output), steps, seed, strength)
+    bench = Bench(personalizer, data, Path(output), steps, seed, strength, Dino(hub.model_folder(dino)) if dino else None)
     people, left_out = yield from bench.meet()
     gallery = np.stack([gallery_entry(p.others) for p in people])  # (g, 512)
     settings = {"dataset": _sha256(Path(folder).expanduser() / METADATA), "prompts": data.prompts, "gallery": len(people), "seed": seed, "strength": strength}
+    settings["dino"] = bench.scorer.dino.sha256 if bench.scorer.dino else ""
     for method in chosen:
         bench.claim(method, settings, people)
-    mine = people[:limit][part[0] - 1 :: part[1]]
-    jobs = [(person, method) for person in mine for method in chosen if not bench.path(person, method).is_file()]
-    pace = Pace(sum(bench.cost(method) for _, method in jobs))
-    for person, method in jobs:
-        for share in bench.run(person, method, gallery, [p.subject.identity for p in people]):
-            yield pace.at(share * bench.cost(method), f"{person.subject.identity}, {method.name}")
-        pace.before += bench.cost(method)
-    return write_report(bench.output, [m.name for m in chosen], left_out)
+    wanted = {person.file: person for person in people[:limit]}
+
+    def lacking(file: str) -> list[Method]:
+        return [method for method in chosen if not bench.path(wanted[file], method).is_file()]
+
+    def left() -> float:
+        return sum(bench.cost(method) for file in wanted for method in lacking(file))
+
+    pace = Pace(left())
+    for file in share_out(list(wanted), lambda file: not lacking(file), bench.output / CLAIMS):
+        pace.before = pace.units - left()
+        if file is None:
+            yield pace.at(0, WAITING)
+            continue
+        for method in lacking(file):
+            for share in bench.run(wanted[file], method, gallery, [p.subject.identity for p in people]):
+                yield pace.at(share * bench.cost(method), f"{wanted[file].subject.identity}, {method.name}")
+            pace.before += bench.cost(method)
+    return write_report(bench.output, [m.name for m in chosen], left_out) if here().first else {}
 
 
 class Bench:
     """The people, the parts that score, and the folder."""
 
-    def __init__(self, personalizer: Personalizer, data: Dataset, output: Path, steps: int | None, seed: int, strength: float):
+    def __init__(self, personalizer: Personalizer, data: Dataset, output: Path, steps: int | None, seed: int, strength: float, dino: Dino | None):
         self.personalizer, self.data, self.output, self.seed, self.strength = personalizer, data, output, seed, strength
         settings, same = personalizer.base.settings, {"seed": seed} | ({} if steps is None else {"steps": steps})
         self.config = replace(settings.adapt, **same)
         # An ordinary LoRA has the settings that suit it best, and all the rest in common: photo, crops, loss, seed.
         common = {name: getattr(settings.adapt, name) for name in ("crops", "margin", "background", "flow")}
         self.plain = replace(settings.plain, **common, **same)
-        self.scorer = Scorer(personalizer.finder, personalizer.clip)
+        self.scorer = Scorer(personalizer.finder, personalizer.clip, dino)
 
     def meet(self) -> Generator[Progress, None, tuple[list[Someone], dict[str, str]]]:
         """Embed everybody's photos. Who cannot be learnt or recognised is left out, with the reason."""
@@ -141,7 +147,7 @@ class Bench:
             settings["meta_down"] = {d: self.personalizer.meta_down(d).stamp for d in sorted({p.subject.domain for p in people})}
         path = self.output / folder_of(method.name) / SETTINGS
         if path.is_file():
-            found = {"strength": 1.0} | json.loads(path.read_text(encoding="utf-8"))  # folders of before it could be chosen
+            found = json.loads(path.read_text(encoding="utf-8"))
             other = [key for key in settings if found.get(key) != settings[key]]
             if other:
                 raise MetaLoraError(f"{path.parent} was made with other settings ({', '.join(other)}); choose another output folder, or remove it.")
@@ -200,8 +206,10 @@ class Bench:
         photos, domain, config = self._photos(person, method), person.subject.domain, self.settings(method)
         p = self.personalizer
         if method.kind == "meta-lora":
-            return (yield from _shares(p.adapt_meta_steps(photos, domain, config), share))
-        return (yield from _shares(p.adapt_plain_steps(photos, domain, method.rank, config), share))
+            steps = p.adapt_meta_steps(photos, domain, config)
+        else:
+            steps = p.adapt_plain_steps(photos, domain, method.rank, config)
+        return (yield from shown(steps, lambda report: share * report.step / report.steps))
 
     def _photos(self, person: Someone, method: Method) -> list[Image.Image]:
         """The references as the method is to see them. LostFace where one was made so much worse that its face is not found."""
@@ -239,6 +247,7 @@ class Bench:
         faces = self.scorer.faces(images)
         clip_t = self.scorer.clip_t(images, [fill(text, somebody) for text in texts])
         clip_i = self.scorer.clip_i(images, references)
+        dino = self.scorer.dino_i(images, references) if self.scorer.dino else None
         rows = []
         for i, face in enumerate(faces):
             others = np.delete(person.others, i, axis=0) if true else person.others
@@ -251,33 +260,9 @@ class Bench:
                 "face": who >= 0, "nearest": names[who] if who >= 0 else None,
                 "identified": None if np.isnan(known[person.number]).any() else who == person.number,
                 **{key: number(value[0]) for key, value in likeness(face[None], person.photos, others).items()},
-                "clip_t": number(clip_t[i]), "clip_i": number(clip_i[i]),
+                "clip_t": number(clip_t[i]), "clip_i": number(clip_i[i]), **({} if dino is None else {"dino": number(dino[i])}),
             })  # fmt: skip
         return rows
-
-
-class Pace:
-    """Work in units, of which `before` are done, and the time the rest will take at the speed so far."""
-
-    def __init__(self, units: float):
-        self.units, self.before, self._start = max(units, 1e-9), 0.0, time.perf_counter()
-
-    def at(self, more: float, what: str) -> Progress:
-        """A report with `more` units done beyond `before`."""
-        done = min(self.before + more, self.units)
-        return Progress(done / self.units, what, (time.perf_counter() - self._start) * (self.units - done) / max(done, 1e-9))
-
-
-def _shares(run: Generator[Any, None, Any], share: float) -> Generator[float, None, Any]:
-    """Step reports → shares of the whole, up to `share`; hands the run's value on."""
-    try:
-        while True:
-            report = next(run)
-            yield share * report.step / report.steps
-    except StopIteration as end:
-        return end.value
-    finally:
-        run.close()
 
 
 def _size(identity: Identity | None) -> dict[str, int]:

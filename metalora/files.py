@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     Raises MetaLoraError where the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # not the process's number: two machines may have the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
@@ -45,8 +46,20 @@ def disk_sentence(error: OSError, path: Path) -> str:
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Write a safetensors file atomically, readable by all like any other file."""
-    data = save_bytes({name: t.contiguous() for name, t in tensors.items()}, dict(metadata) if metadata else None)
+    data = _ordered(save_bytes({name: t.contiguous() for name, t in tensors.items()}, dict(metadata) if metadata else None))
     return write_atomically(path, lambda beside: beside.write_bytes(data))
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same safetensors file with its metadata in the order of the alphabet; safetensors' own order differs from run to run."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    if len(header.get("__metadata__", {})) < 2:
+        return data
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def save_json(path: str | Path, value: Any) -> Path:

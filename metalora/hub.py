@@ -28,6 +28,7 @@ PIPELINE_FILES = [
     "vae/*.safetensors", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*",
 ]  # fmt: skip
 ANSWER_WITHIN = 4  # seconds that the Hub may take for its first answer
+MODEL_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 META_DOWN_FILES = ["meta_down.safetensors", "start.safetensors", "config.json", "README.md"]
 
 
@@ -90,6 +91,14 @@ def meta_down_folder(place: str, domain: str = "", download: bool = True) -> Pat
     return fetch(place, META_DOWN_FILES, is_complete, download)
 
 
+def model_folder(place: str, on_fetch: OnFetch | None = None) -> Path:
+    """Local folder of a model of transformers that looks at pictures: `place` itself, or fetched from the Hub."""
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        return folder
+    return fetch(place, MODEL_FILES, lambda found: (found / "preprocessor_config.json").is_file() and _part_is_complete(found), on_fetch=on_fetch)
+
+
 def domains_in(place: str | Path) -> list[str]:
     """The domains for which a folder has a subfolder with a Meta-Down; none for a single Meta-Down or a Hub id."""
     return sorted(path.parent.name for path in Path(place).expanduser().glob(f"*/{TENSORS}"))
@@ -150,12 +159,23 @@ def _download(repo: str, revision: str | None, files: list[str], on_fetch: OnFet
 
 
 def _fetch_blobs(repo: str, commit: str, files: dict[str, Any], on_fetch: OnFetch | None) -> None:
-    """Put files into the client's cache under their SHA-256. What an earlier download left there is used."""
+    """Put files into the client's cache under their SHA-256. What an earlier download left there is used.
+
+    Of several processes one fetches; the others wait, and find it there.
+    """
+    from filelock import FileLock
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
-    blobs.mkdir(parents=True, exist_ok=True)
+    cache, name = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repo, repo_type="model")
+    locks, blobs = cache / ".locks" / name, cache / name / "blobs"
+    for folder in (locks, blobs):
+        folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / "metalora.lock"):
+        _fetch_missing(repo, commit, files, blobs, on_fetch)
+
+
+def _fetch_missing(repo: str, commit: str, files: dict[str, Any], blobs: Path, on_fetch: OnFetch | None) -> None:
     missing = {lfs.sha256: (name, lfs.size) for name, lfs in files.items() if not (blobs / lfs.sha256).exists()}
     parts = {sha: blobs / f"{sha}.part" for sha in missing}
     watch = Watch(repo, sum(size for _, size in missing.values()), sum(p.stat().st_size for p in parts.values() if p.exists()), on_fetch)

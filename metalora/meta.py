@@ -12,14 +12,12 @@ worth nothing, since Up · Mid is the same with both signs turned; those that se
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -33,6 +31,7 @@ from .errors import MetaLoraError
 from .files import load_tensors, save_tensors
 from .metadown import MetaDown
 from .photo import load_photo
+from .processes import here
 from .train import Clock, Share, StepReport, fit, flow_loss, optimizer
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -67,7 +66,8 @@ def meta_train(
     size = min(config.bucket_size, subjects)
     if size < 1:
         raise MetaLoraError(f"There is no subject of the domain {domain} to learn from; check the dataset's metadata.jsonl.")
-    share = _share(base.device)
+    process = here().join(cpu=base.device.type == "cpu")
+    share = Share(process.rank, process.world)
     if share.world > config.batch_size:
         raise MetaLoraError(f"{share.world} processes cannot share batches of {config.batch_size}; start {config.batch_size} at most, or raise meta.batch_size in {SETTINGS_FILE}.")
     checkpoint = Path(folder) / CHECKPOINT if folder else None
@@ -153,14 +153,6 @@ def _validate(base: Base, heads: Adapter, unseen: tuple[TrainingSet, TrainingSet
             losses += [flow_loss(base, rest, rows, generator, config.flow).item() * len(rows) for _ in range(VALIDATION_DRAWS)]
     heads.use_rows(None)
     return sum(losses) / (len(rest) * VALIDATION_DRAWS)
-
-
-def _share(device: torch.device) -> Share:
-    """This process's part of every batch; joins the others where a launcher started several."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        state = PartialState(cpu=device.type == "cpu")
-        return Share(state.process_index, state.num_processes)
-    return Share()
 
 
 def _moments(of_down: torch.optim.Optimizer, heads: Adapter) -> dict[str, Tensor]:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, TextIO
 
 from . import cards
 from .errors import MetaLoraError
+from .processes import here
 
 if TYPE_CHECKING:
-    from .evaluate import Progress
     from .hub import Fetched
+    from .processes import Progress
     from .train import StepReport
 
 EVERY = 0.1  # seconds between two looks on a terminal
@@ -22,10 +23,14 @@ PARTS = 10  # lines over the whole work where there is no terminal
 
 
 class Line:
-    """Rewritten in place on a terminal; elsewhere a line at the start and every tenth of the work. A context manager: leaving it ends the line."""
+    """Rewritten in place on a terminal; elsewhere a line at the start and every tenth of the work. A context manager: leaving it ends the line.
+
+    Of several processes only the first shows anything.
+    """
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
+        self.silent = stream is None and not here().first
         self.terminal = self.stream.isatty()
         self._last, self._part, self._open = 0.0, -1, False
         self._validation = ""
@@ -39,6 +44,8 @@ class Line:
 
     def show(self, share: float, text: str) -> None:
         """Show `text`, with `share` of the work done, if it is time to."""
+        if self.silent:
+            return
         part = int(share * PARTS + 1e-9)
         if self.terminal and (share >= 1 or time.monotonic() - self._last >= EVERY):
             width = shutil.get_terminal_size().columns - 1
@@ -61,7 +68,9 @@ class Line:
         return self._validation
 
     def progress(self, report: Progress) -> None:
-        """A piece of an evaluation."""
+        """A piece of a list of jobs; a job that came to nothing has a line of its own."""
+        if report.fault and not self.silent:
+            self.stream.write(f"\r\033[K{report.fault}\n" if self.terminal else f"{report.fault}\n")
         self.show(report.done, f"{report.done:4.0%}  {report.what}  {cards.clock(report.seconds_left)} left")
 
     def fetched(self, report: Fetched) -> None:

@@ -18,7 +18,7 @@ from .webreport import html_report
 
 SETTINGS, TRUE_PHOTOS = "settings.json", "true-photos"
 SCORES = {"identification": "identified", "r_facesim": "r_facesim", "similarity": "similarity", "copying": "copying",
-          "clip_t": "clip_t", "clip_i": "clip_i", "faces_found": "face"}  # name in the summary → key of a row  # fmt: skip
+          "clip_t": "clip_t", "clip_i": "clip_i", "dino": "dino", "faces_found": "face"}  # name in the summary → key of a row  # fmt: skip
 Rows = dict[str, list[dict[str, Any]]]  # person's file → a row a picture
 
 PEOPLE, OTHERS = 12, 3  # on the sheet, at most
@@ -70,6 +70,8 @@ def summarise(rows: Rows, by_domain: bool = True) -> dict[str, Any]:
     for key in ("parameters", "bytes"):
         got[key] = round(float(np.mean([p[0].get(key, 0) for p in done or people])))
     for name, key in SCORES.items():
+        if key not in people[0][0]:
+            continue  # only what was measured has a figure
         values = [np.array([np.nan if row[key] is None else float(row[key]) for row in person]) for person in people]
         got[name] = dict(zip(("mean", "low", "high"), map(number, interval(values))))
     domains = sorted({p[0]["domain"] for p in people})
@@ -80,11 +82,13 @@ def summarise(rows: Rows, by_domain: bool = True) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as lines of text, a method each."""
-    names = ["method", "people", "identified", "R-FaceSim", "to photo", "copying", "CLIP-T", "CLIP-I", "faces", "learning", "parameters", "bytes"]
+    scored = {"r_facesim": "R-FaceSim", "similarity": "to photo", "copying": "copying", "clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino": "DINO"}
+    scored = {key: head for key, head in scored.items() if all(key in m for m in summary["methods"].values())}
+    names = ["method", "people", "identified", *scored.values(), "faces", "learning", "parameters", "bytes"]
     lines = [names]
     for name, m in summary["methods"].items():
         spread = _figure(m["identification"]["mean"], "{:.0%}") + " ({}–{})".format(*(_figure(m["identification"][k], "{:.0%}") for k in ("low", "high")))
-        scores = [_figure(m[k]["mean"], "{:.3f}") for k in ("r_facesim", "similarity", "copying", "clip_t", "clip_i")]
+        scores = [_figure(m[k]["mean"], "{:.3f}") for k in scored]
         lines.append([name, str(m["people"]), spread, *scores, _figure(m["faces_found"]["mean"], "{:.0%}"), f"{m['learn_seconds']:.1f} s", str(m["parameters"]), str(m["bytes"])])
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     rows = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines]

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .clip import Clip
+from .dino import Dino
 from .face import FaceFinder
 
 
@@ -73,10 +74,11 @@ def interval(groups: Sequence[np.ndarray], level: float = 0.95, draws: int = 200
 
 @dataclass(frozen=True)
 class Scorer:
-    """Puts numbers to pictures with a face pack and a CLIP."""
+    """Puts numbers to pictures with a face pack, a CLIP and, where there is one, a DINO."""
 
     finder: FaceFinder
     clip: Clip
+    dino: Dino | None = None
 
     def faces(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Embedding (n, 512) of the largest face of each picture; a row of NaN where there is none."""
@@ -91,6 +93,11 @@ class Scorer:
     def clip_i(self, images: Sequence[Image.Image], photos: Sequence[Image.Image]) -> np.ndarray:
         """CLIP-I (n,): mean cosine of each picture to the photos learnt from."""
         return (self.clip.images(images) @ self.clip.images(photos).T).mean(axis=1)
+
+    def dino_i(self, images: Sequence[Image.Image], photos: Sequence[Image.Image]) -> np.ndarray:
+        """DINO (n,): mean cosine of each whole picture to the photos learnt from [paper]; needs a DINO."""
+        assert self.dino is not None
+        return (self.dino.images(images) @ self.dino.images(photos).T).mean(axis=1)
 
     def score(
         self, images: Sequence[Image.Image], photos: Sequence[Image.Image],

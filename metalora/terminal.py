@@ -6,8 +6,10 @@ asked, with a sentence that says what to do; 1: a fault of ours; 130: stopped.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
@@ -23,12 +25,22 @@ from typing import Any
 import typer
 
 from .errors import Cancelled, MetaLoraError
+from .processes import here
 
 DEBUG = "METALORA_DEBUG"
+STOPPED = 130  # exit code
 SEVERAL = ("--held-out", "--against", "--learnt-from", "--method", "--memory", "--degrade")  # options after which several values may stand
 Result = tuple[dict[str, Any], str]  # for --json, and for people; an empty one is not printed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help="Meta-LoRA: one photo of a face in, pictures and a LoRA file out.")  # fmt: skip
+
+
+class Unfinished(MetaLoraError):
+    """Some of what was asked for is done, as `result` says, and some cannot be."""
+
+    def __init__(self, sentence: str, result: dict[str, Any]):
+        super().__init__(sentence)
+        self.result = result
 
 
 def command(work: Callable[..., Result]) -> Callable[..., None]:
@@ -44,7 +56,9 @@ def command(work: Callable[..., Result]) -> Callable[..., None]:
             if result:
                 print(json.dumps(result) if as_json else text, flush=True)
         except (Cancelled, KeyboardInterrupt):
-            _end("Stopped; nothing half done was kept.", 130, as_json)
+            _end("Stopped; nothing half done was kept.", STOPPED, as_json)
+        except Unfinished as error:
+            _end(str(error), 2, as_json, error.result)
         except MetaLoraError as error:
             _end(str(error), 2, as_json)
         except BrokenPipeError:  # whoever read our output has gone
@@ -56,12 +70,17 @@ def command(work: Callable[..., Result]) -> Callable[..., None]:
     return run
 
 
-def _end(sentence: str, code: int, as_json: bool) -> None:
+def _end(sentence: str, code: int, as_json: bool, result: dict[str, Any] | None = None) -> None:
+    """Leave with a sentence. Of several processes the first speaks for all; another tells its own faults, but not that it was stopped."""
+    process = here()
     if os.environ.get(DEBUG) == "1":
         traceback.print_exc(file=sys.stderr)
-    print(sentence, file=sys.stderr, flush=True)
-    if as_json:
-        print(json.dumps({"error": sentence}), flush=True)
+    if process.first:
+        print(sentence, file=sys.stderr, flush=True)
+    elif code != STOPPED:
+        print(f"Process {process.rank + 1} of {process.world}: {sentence}", file=sys.stderr, flush=True)
+    if as_json and process.first:
+        print(json.dumps({"error": sentence, **(result or {})}), flush=True)
     raise typer.Exit(code) from None
 
 
@@ -122,4 +141,5 @@ def launch(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without our dashes is no fault
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a stop from outside tidies up too
+    atexit.register(gc.freeze)  # to look through all that was imported, for what nobody needs any more, takes seconds at the end
     app(spread(sys.argv[1:] if arguments is None else arguments), prog_name="python -m metalora")

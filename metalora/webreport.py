@@ -16,6 +16,7 @@ COLUMNS = (  # head, key in the summary, what it is
     ("copying", "copying", "the latter minus the former; high where the photo itself comes back"),
     ("CLIP-T", "clip_t", "how well the picture fits its prompt"),
     ("CLIP-I", "clip_i", "how like the picture is to the photo learnt from, as a picture"),
+    ("DINO", "dino", "the same with the features of a DINO model"),
     ("faces", "faces_found", "share of pictures in which a face was found"),
 )
 CURVES = COLUMNS[:5]
@@ -33,8 +34,8 @@ def html_report(summary: dict[str, Any], sheet: Image.Image, worse: Image.Image 
     domains = sorted({domain for m in methods.values() for domain in m.get("by_domain", {})})
     by_domain = [(f"Domain {d}", {name: m["by_domain"][d] | {"steps": m["steps"]} for name, m in methods.items() if d in m.get("by_domain", {})}) for d in domains]
     return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(template).render(
-        **summary, tables=[("Everybody", methods), *by_domain], columns=COLUMNS, curves=curves(methods), kinds=degrade_curves(methods),
-        sheet=_address(sheet), worse=worse and _address(worse),
+        **summary, tables=[("Everybody", methods), *by_domain], columns=[c for c in COLUMNS if all(c[1] in m for m in methods.values())],
+        curves=curves(methods), kinds=degrade_curves(methods), sheet=_address(sheet), worse=worse and _address(worse),
     )  # fmt: skip
 
 

@@ -70,6 +70,17 @@ def build_small_clip(folder: Path, config: MiniatureConfig, words: list[str]) ->
     return folder
 
 
+def build_small_dino(folder: Path) -> Path:
+    """A DINOv2 of random weights, with its image processor."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=28)).save_pretrained(folder)
+    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
 def portrait(colour: tuple[int, int, int], at: tuple[int, int] = (16, 16), size: int | tuple[int, int] = 32, side: int = SIDE) -> Image.Image:
     """A picture with a face of that colour round the point `at`, px."""
     image = Image.new("RGB", (size, size) if isinstance(size, int) else size, GREY)

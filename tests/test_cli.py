@@ -125,7 +125,7 @@ def test_pictures_are_scored_against_photos(call, people):
 
 def test_methods_are_compared(call, people):
     folder = write_people(Path("women"), {"ann": "woman", "bea": "woman"})
-    code, out, err = call("evaluate", folder, "--method", "base", "meta-lora", "--steps", 2, "--output", "out", "--part", "1/2", "--json")
+    code, out, err = call("evaluate", folder, "--method", "base", "meta-lora", "--steps", 2, "--output", "out", "--limit", 1, "--json")
     assert code == 0 and json.loads(out)["methods"]["meta-lora"]["people"] == 1 and "left" in err
     code, out, _ = call("evaluate", folder, "--method", "base", "--method", "meta-lora", "--steps", 2, "--output", "out", "--degrade", "dark=0.3", "dark=0.98")
     assert code == 0 and "gallery of 2 people, chance 50.0%" in out and Path("out/report.html").is_file()
@@ -234,7 +234,8 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_two(call, people, me):
     assert "known are base" in refused(call, "evaluate", people, "--method", "magic", "-o", "out")
     assert "no setting named rate" in refused(call, "evaluate", people, "--method", "meta-lora:rate=1", "-o", "out")
     assert "write it like blur=2" in refused(call, "evaluate", people, "--method", "meta-lora", "-o", "out", "--degrade", "fog=1")
-    assert "write it like 1/2" in refused(call, "evaluate", people, "--method", "base", "-o", "out", "--part", "half")
+    assert "nobody of the domain dog" in refused(call, "adapt-all", people, "--domain", "dog", "-o", "out")
+    assert "no Meta-Down for the domain man" in refused(call, "adapt-all", people, "-o", "out")
     assert "holds no metadata.jsonl" in refused(call, "meta-train", ".", "--domain", "woman", "-o", "out")
     assert "nobody of the domain dog" in refused(call, "meta-train", people, "--domain", "dog", "-o", "out")
     assert "not a Meta-Down folder" in refused(call, "publish", people, "me/it")

@@ -1,4 +1,4 @@
-"""The benchmark on a small real base: complete, resumable, divisible, and honest about whom it leaves out."""
+"""The benchmark on a small real base: complete, resumable, shared, and honest about whom it leaves out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from metalora.report import CELL, TRUE_PHOTOS, contact_sheet, folder_of, read_ro
 from metalora.webreport import degrade_curves, html_report
 
 from .conftest import run, state_hash
-from .parts import GREY, write_people
+from .parts import GREY, build_small_dino, write_people
 
 PROMPTS = ("a photo of {person} in a red cap", "in the green park, smiling")
 METHODS = ["base", "meta-lora", "lora-r1@2"]
@@ -109,6 +109,18 @@ def test_strength_changes_the_pictures_and_is_stated(done, personalizer, people,
         run(evaluate(personalizer, people, ["meta-lora"], done[0], steps=3, strength=0.5))
 
 
+def test_with_a_dino_pictures_have_one_score_more(done, personalizer, people, tmp_path):
+    dino = str(build_small_dino(tmp_path / "dino"))
+    _, summary = run(evaluate(personalizer, people, ["base"], tmp_path / "out", limit=2, dino=dino))
+    own = [row["dino"] for person in read_rows(tmp_path / "out" / "base").values() for row in person]
+    assert len(own) == 4 and summary["methods"]["base"]["dino"]["mean"] == pytest.approx(sum(own) / 4)
+    assert "DINO" in table(summary) and ">DINO<" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "dino" not in done[2]["methods"]["base"] and "DINO" not in table(done[2]) and ">DINO<" not in (done[0] / "report.html").read_text(encoding="utf-8")
+    for folder, given in ((tmp_path / "out", None), (done[0], dino)):
+        with pytest.raises(MetaLoraError, match="other settings .*dino"):
+            run(evaluate(personalizer, people, ["base"], folder, steps=None, dino=given))
+
+
 def test_progress_rises_to_the_end(done):
     _, progress, _ = done
     assert progress[2].what == "looking at the photos of cleo"
@@ -124,18 +136,33 @@ def test_a_second_run_does_nothing_anew(done, personalizer, people):
     assert len(progress) == 3 and again == summary and contents(output) == before
 
 
-def test_a_broken_run_goes_on_and_parts_make_the_whole(done, personalizer, people, tmp_path):
-    broken = evaluate(personalizer, people, METHODS, tmp_path, steps=3, part=(1, 2))
+def without_places(folder) -> dict[str, list]:
+    return {k: [{**r, "reference": 0, "picture": 0} for r in rows] for k, rows in scores(folder).items()}
+
+
+def test_a_broken_run_goes_on(done, personalizer, people, tmp_path):
+    broken = evaluate(personalizer, people, METHODS, tmp_path, steps=3)
     for _ in range(20):
         next(broken)
     broken.close()
-    assert not list(tmp_path.rglob("*.part"))
-    _, half = run(evaluate(personalizer, people, METHODS, tmp_path, steps=3, part=(1, 2)))
-    assert half["methods"]["meta-lora"]["people"] == 2 and half["gallery"] == 3
-    _, whole = run(evaluate(personalizer, people, METHODS, tmp_path, steps=3, part=(2, 2)))
-    assert whole["methods"]["meta-lora"]["people"] == 3
-    strip = [{k: [{**r, "reference": 0, "picture": 0} for r in rows] for k, rows in scores(folder).items()} for folder in (done[0], tmp_path)]
-    assert strip[0] == strip[1]
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.lock"))
+    _, summary = run(evaluate(personalizer, people, METHODS, tmp_path, steps=3))
+    assert summary["methods"]["meta-lora"]["people"] == 3 and without_places(done[0]) == without_places(tmp_path)
+
+
+def test_processes_share_the_people_and_the_first_writes_the_report(done, personalizer, people, tmp_path, monkeypatch):
+    first = evaluate(personalizer, people, ["base"], tmp_path)
+    while "ann" not in next(first).what or not (tmp_path / "base").exists():
+        pass  # up to the first picture of ann, whom the first process is at from then on
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, summary = run(evaluate(personalizer, people, ["base"], tmp_path))
+    assert summary == {} and not (tmp_path / "summary.json").exists()
+    assert sorted(read_rows(tmp_path / "base")) == ["001-bea", "002-cleo"]
+    monkeypatch.delenv("RANK")
+    _, summary = run(first)
+    assert summary["methods"]["base"]["people"] == 3 and not (tmp_path / ".claims").exists()
+    assert without_places(tmp_path)["base/000-ann"] == without_places(done[0])["base/000-ann"]
 
 
 def test_a_limit_keeps_the_gallery_whole(personalizer, people, tmp_path):
@@ -202,12 +229,6 @@ def test_other_settings_make_other_pictures_in_a_folder_of_their_own(done, perso
     assert Image.open(paths[0]).tobytes() != Image.open(paths[1]).tobytes()
 
 
-def test_impossible_parts_are_refused(personalizer, people, tmp_path):
-    for part in ((0, 2), (3, 2)):
-        with pytest.raises(MetaLoraError, match="does not exist"):
-            run(evaluate(personalizer, people, ["base"], tmp_path, part=part))
-
-
 # ---- baselines of their own settings, photos made worse
 
 
@@ -217,7 +238,7 @@ def test_an_ordinary_lora_starts_from_its_own_settings(done, personalizer, peopl
     flow = replace(settings.adapt.flow, logit_mean=0.5)
     own = replace(settings, adapt=replace(settings.adapt, crops=3, margin=(0.1, 0.2), flow=flow), plain=replace(settings.plain, steps=7, learning_rate=0.123, batch_size=3, crops=5))
     other = Personalizer(replace(personalizer.base, settings=own), personalizer.meta_down("woman"))
-    bench = Bench(other, load_dataset(people), tmp_path, None, 4, 1.0)
+    bench = Bench(other, load_dataset(people), tmp_path, None, 4, 1.0, None)
     plain, meta = (bench.settings(Method.parse(name)) for name in ("lora-r1", "meta-lora"))
     assert plain == AdaptConfig(steps=7, learning_rate=0.123, batch_size=3, crops=3, margin=(0.1, 0.2), flow=flow, seed=4)
     assert meta == replace(own.adapt, seed=4) and bench.steps(Method.parse("lora-r2@9")) == 9

@@ -28,7 +28,7 @@ said = {}
 for name in sys.argv[1:]:
     kind, _, place = name.partition(":")
     try:
-        folder = hub.base_folder(place) if kind == "base" else hub.meta_down_folder(place, "woman")
+        folder = {"base": hub.base_folder, "down": lambda place: hub.meta_down_folder(place, "woman"), "model": hub.model_folder}[kind](place)
         said[name] = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     except MetaLoraError as error:
         said[name] = str(error)
@@ -61,9 +61,11 @@ def server(tiny_base):
 
 def test_the_hub_answers_in_folders_and_sentences(server, tiny_base, tmp_path):
     needed = sorted(str(p.relative_to(tiny_base)) for p in tiny_base.rglob("*") if p.is_file())
-    names = ["base:org/flux", "base:org/flux@v9", "base:org/gated", "base:org/none", "base:org/partial", "down:org/down", "base:no such name"]
+    server.repos["org/dino"] = {"config.json": b"{}", "preprocessor_config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickle"}
+    names = ["model:org/dino", "model:org/down", "base:org/flux", "base:org/flux@v9", "base:org/gated", "base:org/none", "base:org/partial", "down:org/down", "base:no such name"]
     said = ask(names, server.url, tmp_path)
     assert said["base:org/flux"] == needed
+    assert said["model:org/dino"] == ["config.json", "model.safetensors", "preprocessor_config.json"] and "lacks files" in said["model:org/down"]
     assert "no revision v9" in said["base:org/flux@v9"]
     assert "org/gated is gated: accept its licence at " + server.url in said["base:org/gated"] and "HF_TOKEN" in said["base:org/gated"]
     assert "no org/none on the Hub" in said["base:org/none"]
@@ -153,6 +155,15 @@ def test_a_killed_download_goes_on_where_it_was(server, tiny_base, tmp_path):
     assert sum(size for name, size in server.sent.items() if name.endswith(".safetensors")) <= weights - 2**17
     folder = next(tmp_path.glob("hub/*/snapshots/*"))
     assert all((folder / path.relative_to(tiny_base)).read_bytes() == path.read_bytes() for path in tiny_base.rglob("*") if path.is_file())
+
+
+def test_of_two_processes_that_need_the_same_files_one_fetches_them(server, tiny_base, tmp_path):
+    server.pause = 0.02
+    both = [subprocess.Popen([sys.executable, "-c", SCRIPT, "base:org/flux"], env=environment(server.url, tmp_path), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [json.loads(each.communicate(timeout=120)[0])["base:org/flux"] for each in both]
+    assert said[0] == said[1] and "model_index.json" in said[0]
+    weights = sum(path.stat().st_size for path in tiny_base.rglob("*.safetensors"))
+    assert sum(size for name, size in server.sent.items() if name.endswith(".safetensors")) == weights
 
 
 def test_a_download_says_how_far_it_is(server, tiny_base, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,11 +12,12 @@ from PIL import Image
 
 from metalora import MetaLoraError
 from metalora.clip import Clip
+from metalora.dino import Dino
 from metalora.face import FaceFinder
 from metalora.prompts import Captioner
 from metalora.score import Scorer, copying, gallery_entry, identification, interval, nearest, r_facesim, similarity
 
-from .parts import COLOURS, GREY, portrait
+from .parts import COLOURS, GREY, build_small_dino, portrait
 
 NOBODY = np.full((1, 8), np.nan, np.float32)
 
@@ -138,6 +141,30 @@ def test_the_captioner_takes_the_phrase_that_is_closest(scorer):
     for group, phrase in zip(groups, chosen):
         scores = scorer.clip_t([image] * 2, [f"a photo of a woman, {p}" for p in group])
         assert phrase == group[int(scores.argmax())]
+
+
+def test_dino_scores_are_those_of_transformers(scorer, tmp_path):
+    import torch
+    from transformers import BitImageProcessorPil, Dinov2Model
+
+    folder = build_small_dino(tmp_path)
+    images = [portrait(c, at) for c, at in zip(COLOURS.values(), ((8, 8), (16, 16), (24, 16)))]
+    with torch.no_grad():
+        want = Dinov2Model.from_pretrained(folder)(**BitImageProcessorPil.from_pretrained(folder)(images=images, return_tensors="pt")).pooler_output
+    want = torch.nn.functional.normalize(want, dim=-1).numpy()
+    got = replace(scorer, dino=Dino(folder)).dino_i(images, images[:2])
+    assert np.allclose(got, (want @ want[:2].T).mean(axis=1), atol=1e-5) and got[0] > got[2]
+
+
+def test_what_is_no_dino_is_one_sentence(scorer, tmp_path):
+    with pytest.raises(MetaLoraError, match="is a clip, not a DINO; give"):
+        Dino(scorer.clip.place)
+    with pytest.raises(MetaLoraError, match="cannot be read"):
+        Dino(tmp_path)
+    folder = build_small_dino(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(MetaLoraError, match="cannot be read"):
+        Dino(folder)
 
 
 def test_a_missing_clip_is_one_sentence(tmp_path):
