@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
-from .adapter import Adapter, attach, attach_plain, trainable
+from .adapter import Adapter, attach, attach_plain, find_targets, without_first
 from .base import Base
 from .cache import TrainingSet, mirrored
 from .config import AdaptConfig, AdapterConfig
 from .identity import Identity
 from .metadown import MetaDown
-from .train import Clock, StepReport, fit, optimizer, warmup
+from .train import Clock, StepReport, fit, flow_loss, two_rates, warmup
 
 Preview = Callable[[], Image.Image]
 FACE_ROOM = 0.2  # of the box's size, added on every side: hair line, ears and chin are the person's too
@@ -63,17 +65,22 @@ def adapt(
     *,
     preview: Preview | None = None,
     preview_every: int = 0,
+    prior: TrainingSet | None = None,
 ) -> Generator[StepReport, None, Identity]:
     """Train one person on the encoded crops `data`; yields a report a step and returns the identity.
 
     Stopping early (close the generator, or throw into it) leaves the base as it was and keeps nothing. `preview` is called
-    while the adapter is attached, every `preview_every` steps and after the last.
+    while the adapter is attached, every `preview_every` steps and after the last. `prior` are pictures of others of the
+    class, which count as `config.prior` says.
     """
     meta_down.check_base(base.name, base.fingerprint)
     generator = torch.Generator().manual_seed(config.seed)
-    with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter, base.resident("transformer"):
+    shape = _shape(base, meta_down.adapter, config)
+    downs = {name: meta_down.tensors[name] for name in find_targets(base.transformer, shape.targets)} if config.skip_blocks else meta_down.tensors
+    with attach(base.transformer, downs, shape) as adapter, base.resident("transformer"):
         adapter.start(generator)
-        yield from _steps(base, adapter, data, config, generator, preview, preview_every)
+        adapter.start_at(meta_down.start, config.start_mid, config.start_up)
+        yield from _steps(base, adapter, data, config, generator, preview, preview_every, prior)
         return _identity(base, adapter, config, meta_down.domain, meta_down=meta_down.name, meta_down_sha256=meta_down.sha256)
 
 
@@ -86,12 +93,32 @@ def adapt_plain(
     *,
     preview: Preview | None = None,
     preview_every: int = 0,
+    prior: TrainingSet | None = None,
 ) -> Generator[StepReport, None, Identity]:
     """The same without a stage 1 before it: an ordinary LoRA of rank `shape.rank` on the layers that `shape` names."""
     generator = torch.Generator().manual_seed(config.seed)
-    with attach_plain(base.transformer, shape, generator) as adapter, base.resident("transformer"):
-        yield from _steps(base, adapter, data, config, generator, preview, preview_every)
+    with attach_plain(base.transformer, _shape(base, shape, config), generator) as adapter, base.resident("transformer"):
+        yield from _steps(base, adapter, data, config, generator, preview, preview_every, prior)
         return _identity(base, adapter, config, domain, meta_down="", meta_down_sha256="", downs=adapter.down_tensors())
+
+
+def _shape(base: Base, shape: AdapterConfig, config: AdaptConfig) -> AdapterConfig:
+    """The adapter's shape as these settings want it."""
+    return replace(without_first(base.transformer, shape, config.skip_blocks), scale=config.scale * shape.scale)
+
+
+def prior_loss(base: Base, data: TrainingSet, config: AdaptConfig) -> Callable[[int], Tensor]:
+    """Prior preservation: the loss on the base's own pictures of the class, weighted, for step 0, 1, …
+
+    [DreamBooth, arXiv 2208.12242, section 3.2; its draws depend on the seed and the step alone, so those of the person stay what they are without]
+    """
+
+    def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(hash((config.seed, 2, step)) % 2**63)
+        rows = torch.randint(len(data), (config.batch_size,), generator=generator).to(data.subject.device)
+        return config.prior * flow_loss(base, data, rows, generator, config.flow)
+
+    return loss
 
 
 def _identity(base: Base, adapter: Adapter, config: AdaptConfig, domain: str, **more: Any) -> Identity:
@@ -104,20 +131,21 @@ def _identity(base: Base, adapter: Adapter, config: AdaptConfig, domain: str, **
 
 def _steps(
     base: Base, adapter: Adapter, data: TrainingSet, config: AdaptConfig, generator: torch.Generator,
-    preview: Preview | None = None, preview_every: int = 0,
+    preview: Preview | None = None, preview_every: int = 0, prior: TrainingSet | None = None,
 ) -> Iterator[StepReport]:  # fmt: skip
     clock = Clock(config.steps)
     losses = fit(
         base,
         adapter,
         data.to(base.device, base.dtype),
-        [optimizer(list(trainable(adapter)), config.learning_rate, config.weight_decay)],
+        [two_rates(adapter, config.learning_rate, config.weight_decay, config.up_rate)],
         steps=config.steps,
         batch_size=config.batch_size,
         generator=generator,
         flow_config=config.flow,
         max_grad_norm=config.max_grad_norm,
         rate=warmup(config.warmup_steps),
+        more=prior_loss(base, prior.to(base.device, base.dtype), config) if prior else None,
     )
     for loss in losses:
         step = clock.done + 1

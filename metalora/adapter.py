@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,20 @@ def random_downs(transformer: nn.Module, config: AdapterConfig, generator: torch
         name: torch.randn(config.meta_rank, layer.in_features, generator=generator) * layer.in_features**-0.5
         for name, layer in layers.items()
     }
+
+
+def without_first(transformer: nn.Module, config: AdapterConfig, share: float) -> AdapterConfig:
+    """The same shape without this share of the transformer's blocks, counted from the input; the last block always stays."""
+    if share == 0:
+        return config
+    blocks = list(dict.fromkeys(_block(name) for name in find_targets(transformer, config.targets)))
+    kept = "|".join(re.escape(block) for block in blocks[min(round(share * len(blocks)), len(blocks) - 1) :])
+    return replace(config, targets=rf"^(?=(?:{kept})\.).*?(?:{config.targets})")
+
+
+def _block(name: str) -> str:
+    """transformer_blocks.3.attn.to_q → transformer_blocks.3"""
+    return ".".join(name.split(".")[:2])
 
 
 @dataclass
@@ -158,6 +172,10 @@ class Adapter:
         for p in self.downs():
             p.requires_grad_(on)
 
+    def ups(self) -> list[nn.Parameter]:
+        """Up of every layer."""
+        return [layer.up for layer in self.layers.values()]
+
     def use_rows(self, rows: Tensor | None) -> None:
         """Row b of the coming batches uses identity rows[b]; None uses identity 0 for every row."""
         self._route.rows = rows
@@ -172,6 +190,14 @@ class Adapter:
             else:
                 layer.mid.copy_(torch.randn(n, r, m, generator=generator) * m**-0.5)
             layer.up.zero_()
+
+    @torch.no_grad()
+    def start_at(self, factors: Mapping[str, tuple[Tensor, Tensor]], mid: float = 1.0, up: float = 1.0) -> None:
+        """Move every identity's Mid and Up towards `factors`, if there are any, by these shares of the way: 0 stays, 1 is there, exactly."""
+        for name in self.layers if factors else ():
+            layer = self.layers[name]
+            for factor, wanted, share in zip((layer.mid, layer.up), factors[name], (mid, up)):
+                factor.lerp_(wanted.to(factor).expand_as(factor), share)
 
     @torch.no_grad()
     def factors(self, identity: int = 0) -> Factors:

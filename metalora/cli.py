@@ -212,6 +212,7 @@ def evaluate(
     output: Output, steps: Steps = None, seed: Seed = 0,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first people only.")] = None,
     strength: Annotated[float, typer.Option("--strength", help="How strongly the person comes into the pictures.")] = 1.0,
+    degrade: Annotated[list[str] | None, typer.Option("--degrade", metavar="KIND=STRENGTH...", help="Learn once more from photos made worse: blur=2, noise=0.1, dark=0.5, lowres=0.5, jpeg=0.9, occlusion=0.2.")] = None,
     dino: Annotated[str | None, typer.Option("--dino", metavar="HUB_ID|FOLDER", help="A DINO model, such as facebook/dinov2-small, to score whole pictures with too.")] = None,
     base: BaseName = DEFAULT_BASE, meta_down: MetaDownName = None, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
@@ -219,17 +220,20 @@ def evaluate(
     check_folder(output)
     from . import hub
     from .evaluate import evaluate as run
+    from .degrade import Degradation
     from .methods import Method
     from .progress import Line
     from .report import table
 
     for each in method:
         Method.parse(each)
+    for each in degrade or []:
+        Degradation.parse(each)
     personalizer = _open(base, meta_down, plan)
     with Line() as line:
         dino = str(hub.model_folder(dino, line.fetched)) if dino else None
     with Line() as line:
-        summary = finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, strength=strength, dino=dino), line.progress)
+        summary = finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, strength=strength, degrade=degrade or [], dino=dino), line.progress)
     if not here().first:
         return {}, ""
     return summary, f"{table(summary)}\n{output / 'summary.json'}\n{output / 'report.html'}"

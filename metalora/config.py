@@ -42,7 +42,7 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """Stage 2: one person, one photo or a few."""
+    """Stage 2: one person, one photo or a few. The last ones go beyond the paper, each neutral unless it is set."""
 
     steps: int = 375
     learning_rate: float = 1e-3
@@ -55,6 +55,14 @@ class AdaptConfig:
     background: float = 1.0  # how much what lies outside the face counts in the loss; 0: it is not learnt at all
     flow: FlowConfig = field(default_factory=FlowConfig)
     seed: int = 0
+    start_mid: float = 1.0  # how far Mid begins at the Meta-Down's learnt start, where it has one; 0: as if it had none
+    start_up: float = 1.0  # the same of Up; 0: the untrained adapter changes nothing
+    up_rate: float = 1.0  # learning rate of Up, in that of the others [LoRA+, arXiv 2402.12354, section 4]
+    # Factor on the adapter's scale; 1/sqrt(rank) is rsLoRA's [arXiv 2312.03732, section 3]. With Adam and an Up that begins at
+    # zero it is the same as up_rate: gradients of Up grow by the factor, which Adam does not see, and its steps count for so much more.
+    scale: float = 1.0
+    skip_blocks: float = 0.0  # share of the transformer's blocks, from the input on, that are left as they are
+    prior: float = 0.0  # weight of the loss on the base's own pictures of the class [DreamBooth, arXiv 2208.12242, section 3.2]
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class MetaConfig:
     validation_steps: int = 60  # that each learns of its photos, with Down held, before the others are looked at
     flow: FlowConfig = field(default_factory=FlowConfig)
     seed: int = 0
+    start_rate: float = 0.0  # how far the start goes towards the mean of each bucket's heads; 0: none is learnt
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,25 @@ import numpy as np
 from PIL import Image
 
 from . import hub
+from .config import AdaptConfig
 from .data import METADATA, Dataset, Subject, load_dataset
+from .degrade import Degradation
 from .dino import Dino
 from .errors import MetaLoraError
 from .files import save_json, write_atomically
 from .generate import GenerateConfig, Person, generate, save_png, unload_people
 from .identity import Identity
-from .methods import Method
+from .methods import LEARNING, Method
 from .personalizer import Personalizer, plain_faults
 from .photo import load_photo
 from .processes import CLAIMS, WAITING, Pace, Progress, here, share_out, shown
 from .prompts import anyone, fill
-from .report import SETTINGS, TRUE_PHOTOS, folder_of, write_report
+from .report import SCORES, SETTINGS, TRUE_PHOTOS, folder_of, write_report
 from .score import Scorer, gallery_entry, likeness, nearest, number
+
+
+class LostFace(MetaLoraError):
+    """A photo was made so much worse that its face is not found."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +59,20 @@ class Someone:
 
 def evaluate(
     personalizer: Personalizer, folder: str | Path, methods: Sequence[str], output: str | Path, *,
-    steps: int | None = None, seed: int = 0, limit: int | None = None, strength: float = 1.0, dino: str | None = None,
+    steps: int | None = None, seed: int = 0, limit: int | None = None, strength: float = 1.0, degrade: Sequence[str] = (), dino: str | None = None,
 ) -> Generator[Progress, None, dict[str, Any]]:  # fmt: skip
     """Run what lacks, then write summary.json, contact-sheet.png and report.html over all that is in `output`; returns the summary.
 
     `limit` takes the first people only; the gallery is always the whole dataset. `strength` is the weight of the person while
-    pictures are made. With `dino`, the Hub id or folder of a DINO model, pictures get that score too. Under `accelerate launch`, or started several times, the processes share the people, one at a time each;
-    the first of a launch waits for all and writes the report, and the summary of the others is empty.
+    pictures are made. Each of `degrade`, such as "blur=2", has every method learn once more from photos that are so much
+    worse; what it is judged by stays as it is. With `dino`, the Hub id or folder of a DINO model, pictures get that score too.
+    Under `accelerate launch`, or started several times, the processes share the people, one at a time each; the first of a
+    launch waits for all and writes the report, and the summary of the others is empty.
     Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.
     """
-    chosen = [*dict.fromkeys(Method.parse(name) for name in methods), Method(TRUE_PHOTOS, TRUE_PHOTOS)]
+    named = [Method.parse(name) for name in methods]
+    worse = [method.degraded(how) for how in map(Degradation.parse, degrade) for method in named if method.kind in LEARNING and not method.degrade]
+    chosen = [*dict.fromkeys([*named, *worse]), Method(TRUE_PHOTOS, TRUE_PHOTOS)]
     data = load_dataset(folder, need_prompts=True, need_others=True)
     bench = Bench(personalizer, data, Path(output), steps, seed, strength, Dino(hub.model_folder(dino)) if dino else None)
     people, left_out = yield from bench.meet()
@@ -97,8 +107,11 @@ class Bench:
 
     def __init__(self, personalizer: Personalizer, data: Dataset, output: Path, steps: int | None, seed: int, strength: float, dino: Dino | None):
         self.personalizer, self.data, self.output, self.seed, self.strength = personalizer, data, output, seed, strength
-        self.config = replace(personalizer.base.settings.adapt, seed=seed)
-        self.config = self.config if steps is None else replace(self.config, steps=steps)
+        settings, same = personalizer.base.settings, {"seed": seed} | ({} if steps is None else {"steps": steps})
+        self.config = replace(settings.adapt, **same)
+        # An ordinary LoRA has the settings that suit it best, and all the rest in common: photo, crops, loss, seed.
+        common = {name: getattr(settings.adapt, name) for name in ("crops", "margin", "background", "flow")}
+        self.plain = replace(settings.plain, **common, **same)
         self.scorer = Scorer(personalizer.finder, personalizer.clip, dino)
 
     def meet(self) -> Generator[Progress, None, tuple[list[Someone], dict[str, str]]]:
@@ -127,20 +140,26 @@ class Bench:
     def claim(self, method: Method, common: dict[str, Any], people: Sequence[Someone]) -> None:
         """Write down what the method's folder is made with; MetaLoraError where it was made with something else."""
         base = self.personalizer.base
-        settings = common | {"base": base.name, "fingerprint": base.fingerprint, "steps": self.steps(method), "adapt": repr(replace(method.over(self.config), steps=0))}
+        settings = common | {"base": base.name, "fingerprint": base.fingerprint, "steps": self.steps(method), "adapt": repr(replace(self.settings(method), steps=0))}
+        if method.degrade:
+            settings["degrade"] = asdict(method.degrade)
         if method.kind == "meta-lora":
-            settings["meta_down"] = {d: self.personalizer.meta_down(d).sha256 for d in sorted({p.subject.domain for p in people})}
+            settings["meta_down"] = {d: self.personalizer.meta_down(d).stamp for d in sorted({p.subject.domain for p in people})}
         path = self.output / folder_of(method.name) / SETTINGS
         if path.is_file():
-            found = {"strength": 1.0, "dino": ""} | json.loads(path.read_text(encoding="utf-8"))  # folders of before it could be chosen
+            found = json.loads(path.read_text(encoding="utf-8"))
             other = [key for key in settings if found.get(key) != settings[key]]
             if other:
                 raise MetaLoraError(f"{path.parent} was made with other settings ({', '.join(other)}); choose another output folder, or remove it.")
         save_json(path, settings)
 
+    def settings(self, method: Method) -> AdaptConfig:
+        """How a method learns."""
+        return method.over(self.plain if method.kind == "lora" else self.config)
+
     def steps(self, method: Method) -> int:
         """Training steps of a method."""
-        return 0 if method.kind in ("base", TRUE_PHOTOS) else method.over(self.config).steps
+        return 0 if method.kind in ("base", TRUE_PHOTOS) else self.settings(method).steps
 
     def cost(self, method: Method) -> float:
         """Of one person, in forward passes; a training step is three for each picture of its batch."""
@@ -149,10 +168,20 @@ class Bench:
 
     def learning(self, method: Method) -> float:
         """The learning's part of the cost."""
-        return 3 * method.over(self.config).batch_size * self.steps(method)
+        config = self.settings(method)
+        return 3 * config.batch_size * self.steps(method) * (2 if config.prior > 0 else 1)
 
     def run(self, person: Someone, method: Method, gallery: np.ndarray, names: Sequence[str]) -> Iterator[float]:
-        """Learn, generate, score and write one person; yields the share that is done."""
+        """Learn, generate, score and write one person; yields the share that is done. A photo made too bad to learn from is a failure."""
+        try:
+            rows = yield from self._rows(person, method, gallery, names)
+        except LostFace as error:
+            rows = self._fail(person, method, str(error))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(self.path(person, method), lambda beside: beside.write_text(text, encoding="utf-8"))
+        yield 1.0
+
+    def _rows(self, person: Someone, method: Method, gallery: np.ndarray, names: Sequence[str]) -> Generator[float, None, list[dict[str, Any]]]:
         learnt = None
         if method.kind == TRUE_PHOTOS:
             items = person.subject.others
@@ -170,19 +199,37 @@ class Bench:
         rows = self._score(person, images, texts, gallery, names, method.kind == TRUE_PHOTOS)
         for row, path in zip(rows, paths):
             row |= {"method": method.name, "picture": os.path.relpath(path, self.output), "learn_seconds": round(seconds, 3), **_size(learnt)}
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(self.path(person, method), lambda beside: beside.write_text(text, encoding="utf-8"))
-        yield 1.0
+        return rows
 
     def _learn(self, person: Someone, method: Method, share: float) -> Generator[float, None, Identity]:
         """Stage 2 on the references; both methods get the same crops, captions and draws."""
-        photos, domain, config = [i.path for i in person.subject.references], person.subject.domain, method.over(self.config)
+        photos, domain, config = self._photos(person, method), person.subject.domain, self.settings(method)
         p = self.personalizer
         if method.kind == "meta-lora":
             steps = p.adapt_meta_steps(photos, domain, config)
         else:
             steps = p.adapt_plain_steps(photos, domain, method.rank, config)
         return (yield from shown(steps, lambda report: share * report.step / report.steps))
+
+    def _photos(self, person: Someone, method: Method) -> list[Image.Image]:
+        """The references as the method is to see them. LostFace where one was made so much worse that its face is not found."""
+        photos = [load_photo(item.path) for item in person.subject.references]
+        if method.degrade is None:
+            return photos
+        seen = [method.degrade.apply(photo, self.personalizer.pick(photo).box, self.seed + person.number) for photo in photos]
+        for number, photo in enumerate(seen):
+            save_png(photo, self.path(person, method).with_name(f"{person.file}-photo-{number}.png"))
+            try:
+                self.personalizer.pick(photo)
+            except MetaLoraError as error:
+                raise LostFace(str(error)) from error
+        return seen
+
+    def _fail(self, person: Someone, method: Method, why: str) -> list[dict[str, Any]]:
+        """Rows for a person of whom there is nothing to show: recognised in no picture, and no likeness to speak of."""
+        who = {"identity": person.subject.identity, "domain": person.subject.domain, "reference": os.path.relpath(person.subject.references[0].path, self.output)}
+        nothing = {**dict.fromkeys([*SCORES.values(), "nearest", "seed"]), "face": False, "identified": False, "learn_seconds": 0.0}
+        return [{**who, "prompt": prompt, **nothing, "method": method.name, "picture": None, "failed": why} for prompt in self.data.prompts]
 
     def _pictures(self, person: Someone, learnt: Person | None) -> Iterator[Image.Image]:
         """A picture a prompt. Noise differs from person to person and is the same for all methods."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from .errors import MetaLoraError
 from .files import disk_sentence
-from .metadown import CONFIG, TENSORS
+from .metadown import CONFIG, TENSORS, is_complete
 
 CATALOG = Path(__file__).with_name("catalog.json")
 PIPELINE_FILES = [
@@ -29,7 +29,7 @@ PIPELINE_FILES = [
 ]  # fmt: skip
 ANSWER_WITHIN = 4  # seconds that the Hub may take for its first answer
 MODEL_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
-META_DOWN_FILES = ["meta_down.safetensors", "config.json", "README.md"]
+META_DOWN_FILES = ["meta_down.safetensors", "start.safetensors", "config.json", "README.md"]
 
 
 def catalog() -> dict[str, dict]:
@@ -88,7 +88,7 @@ def meta_down_folder(place: str, domain: str = "", download: bool = True) -> Pat
     if folder.is_dir():
         kind = f" for {domain}" if domain else ""
         raise MetaLoraError(f"The folder {folder} holds no Meta-Down{kind}; give a folder with {TENSORS} and {CONFIG}.")
-    return fetch(place, META_DOWN_FILES, lambda found: (found / TENSORS).is_file() and (found / CONFIG).is_file(), download)
+    return fetch(place, META_DOWN_FILES, is_complete, download)
 
 
 def model_folder(place: str, on_fetch: OnFetch | None = None) -> Path:

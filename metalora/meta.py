@@ -3,12 +3,17 @@
 Only a bucket of subjects is resident at a time, each with its own fresh Mid and Up. First these train while Down is held, so
 that untrained heads send no noise into Down; then all three train. A batch mixes subjects. Mid and Up are thrown away, Down
 goes on to the next bucket and is what is kept. [paper: buckets, warm-up, mixed batches; ours: the schedule]
+
+With `start_rate` above 0 Mid and Up leave something behind, too [ours, beyond the paper]: one start for all, from which every
+subject of every bucket sets out, and which afterwards goes a part of the way towards the mean of where they came to. That is
+Reptile [arXiv 1803.02999, section 2; a bucket is a meta-batch]. A mean of heads that began at different random places would be
+worth nothing, since Up · Mid is the same with both signs turned; those that set out together stay comparable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import prompts
-from .adapter import Adapter, attach, random_downs
+from .adapter import Adapter, Factors, attach, random_downs
 from .base import Base
 from .cache import TrainingSet, encode, mirrored, to_tensor
 from .config import SETTINGS_FILE, AdapterConfig, MetaConfig
@@ -36,11 +41,12 @@ Bucket = Callable[[Sequence[int]], TrainingSet]  # numbers of subjects → their
 
 @dataclass
 class _State:
-    """What a round hands to the next: Down with its optimiser's moments, and how many rounds are done."""
+    """What a round hands to the next: Down with its optimiser's moments, the start, and how many rounds are done."""
 
     downs: dict[str, Tensor]
     moments: dict[str, Tensor]  # "exp_avg.<layer>", "exp_avg_sq.<layer>", "step"
     round: int = 0
+    start: Factors = field(default_factory=dict)  # layer → Mid, Up; none where none is learnt
 
 
 def meta_train(
@@ -75,17 +81,28 @@ def meta_train(
             for loss in islice(losses, config.bucket_steps - 1):
                 yield clock.tick(loss)
             *_, last = losses  # with the last step the round is over, and what it leaves can be kept
-            state.downs, state.round = heads.down_tensors(), number + 1
+            state.downs, state.round, state.start = heads.down_tensors(), number + 1, _towards_mean(state.start, heads, config.start_rate)
             if checkpoint and share.rank == 0 and (state.round % config.checkpoint_every == 0 or state.round == config.rounds):
                 _save(checkpoint, state, stamp)
             due = unseen is not None and config.validation_every and state.round % config.validation_every == 0
-            yield clock.tick(last, validation=_validate(base, heads, unseen, config) if due else None)
+            yield clock.tick(last, validation=_validate(base, heads, unseen, config, state.start) if due else None)
     summary = {**asdict(config), "subjects": subjects, "steps": clock.steps}
-    return MetaDown(state.downs, shape, name, domain, base.name, base.fingerprint, summary)
+    return MetaDown(state.downs, shape, name, domain, base.name, base.fingerprint, summary, start=state.start)
 
 
 def _begin(base: Base, shape: AdapterConfig, config: MetaConfig) -> _State:
-    return _State(random_downs(base.transformer, shape, torch.Generator().manual_seed(config.seed)), {})
+    downs = random_downs(base.transformer, shape, torch.Generator().manual_seed(config.seed))
+    if config.start_rate == 0:
+        return _State(downs, {})
+    with attach(base.transformer, downs, shape) as one:  # the first start is that of any person, the same for all
+        one.start(torch.Generator().manual_seed(hash((config.seed, 3)) % 2**63))
+        return _State(downs, {}, start=one.factors())
+
+
+def _towards_mean(start: Factors, heads: Adapter, rate: float) -> Factors:
+    """Reptile's outer step: the start goes this part of the way towards the mean of the heads; no start stays none."""
+    means = {name: (heads.layers[name].mid.detach().mean(0).cpu(), heads.layers[name].up.detach().mean(0).cpu()) for name in start}
+    return {name: tuple(torch.lerp(old, new, rate) for old, new in zip(start[name], means[name])) for name in start}
 
 
 def _members(subjects: int, size: int, number: int, seed: int) -> list[int]:
@@ -104,6 +121,7 @@ def _round(base: Base, heads: Adapter, data: TrainingSet, state: _State, config:
     """One bucket: fresh heads, warm-up with Down held, then all three. Draws depend on the seed and the round alone."""
     generator = torch.Generator().manual_seed(hash((config.seed, 1, number)) % 2**63)
     heads.start(generator)
+    heads.start_at(state.start)
     of_heads = optimizer(heads.heads(), config.learning_rate, config.weight_decay)
     of_down = optimizer(heads.downs(), config.down_learning_rate, config.weight_decay)
     common = dict(batch_size=config.batch_size, generator=generator, flow_config=config.flow, max_grad_norm=config.max_grad_norm, share=share)
@@ -116,11 +134,12 @@ def _round(base: Base, heads: Adapter, data: TrainingSet, state: _State, config:
     state.moments = _moments(of_down, heads)
 
 
-def _validate(base: Base, heads: Adapter, unseen: tuple[TrainingSet, TrainingSet], config: MetaConfig) -> float:
+def _validate(base: Base, heads: Adapter, unseen: tuple[TrainingSet, TrainingSet], config: MetaConfig, start: Factors) -> float:
     """Loss on the second pictures of people who were kept out, after they have learnt the first with Down held; always the same draws."""
     seen, rest = (pictures.to(base.device, base.dtype) for pictures in unseen)
     generator = torch.Generator().manual_seed(config.seed)
     heads.start(generator)
+    heads.start_at(start)
     learning = fit(
         base, heads, seen, [optimizer(heads.heads(), config.learning_rate, config.weight_decay)], steps=config.validation_steps,
         batch_size=min(config.batch_size, seen.subjects), generator=generator, flow_config=config.flow, max_grad_norm=config.max_grad_norm,
@@ -150,6 +169,7 @@ def _load_moments(of_down: torch.optim.Optimizer, heads: Adapter, moments: dict[
 
 def _save(checkpoint: Path, state: _State, stamp: dict[str, str]) -> None:
     tensors = {f"down.{name}": t for name, t in state.downs.items()} | {f"moment.{name}": t for name, t in state.moments.items()}
+    tensors |= {f"start.{part}.{name}": t for name, pair in state.start.items() for part, t in zip(("mid", "up"), pair)}
     save_tensors(checkpoint, tensors, {**stamp, "round": str(state.round)})
 
 
@@ -160,8 +180,9 @@ def _resume(checkpoint: Path | None, stamp: dict[str, str]) -> _State | None:
     other = [key for key, value in stamp.items() if found.get(key) != value]
     if other or "round" not in found:
         raise MetaLoraError(f"{checkpoint} is of another training ({', '.join(other)} differ); remove it, or choose another output folder.")
-    parts = {kind: {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)} for kind in ("down.", "moment.")}
-    return _State(parts["down."], parts["moment."], int(found["round"]))
+    parts = {kind: {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)} for kind in ("down.", "moment.", "start.mid.", "start.up.")}
+    start = {name: (mid, parts["start.up."][name]) for name, mid in parts["start.mid."].items()}
+    return _State(parts["down."], parts["moment."], int(found["round"]), start)
 
 
 def bucket_of_photos(base: Base, people: Sequence[Sequence[Item]], words: str) -> Bucket:

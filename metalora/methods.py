@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .config import AdaptConfig, overlay
+from .degrade import Degradation
 from .errors import MetaLoraError
 
 METHODS = (
     "base, meta-lora, lora-r1 (or any rank), each of the last two also with its number of steps: lora-r1@625, "
-    "and with other settings: meta-lora:learning_rate=2e-3,batch_size=2"
+    "with other settings: meta-lora:learning_rate=2e-3,batch_size=2, and from a photo made worse: meta-lora@100+blur=2"
 )
+LEARNING = ("meta-lora", "lora")  # the kinds of method that learn from a photo
 LONGEST = 160  # characters of a name, which is a folder's name too
 
 
@@ -27,13 +29,17 @@ class Method:
     rank: int = 0
     steps: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)  # laid over the base's AdaptConfig
+    degrade: Degradation | None = None  # what is done to the photo before it is learnt
 
     @classmethod
     def parse(cls, name: str) -> Method:
         """"base", "meta-lora", "lora-r1", "meta-lora@100", "meta-lora:learning_rate=2e-3,flow.logit_mean=0.5".
 
-        MetaLoraError for anything else.
+        At the end may stand what is done to the photo: "meta-lora+blur=2". MetaLoraError for anything else.
         """
+        clean, _, worse = name.rpartition("+") if re.search(r"\+[a-z]+=[^+]*$", name) else (name, "", "")
+        if worse:
+            return cls.parse(clean).degraded(Degradation.parse(worse))
         found = re.fullmatch(r"(?:(base)|((?:(meta-lora)|(lora)-r([1-9]\d{0,2}))(:[^@]*)?)(?:@([1-9]\d{0,5}))?)", name)
         if not found:
             raise MetaLoraError(f"There is no method {name}; known are {METHODS}.")
@@ -50,6 +56,12 @@ class Method:
             raise MetaLoraError(f"The name of a method has at most {LONGEST} characters, not {len(name)}; change fewer settings at a time.")
         label = (base or stem) + (f"@{steps}" if steps else "")
         return cls(label, base or meta or lora, int(rank or 0), steps, settings)
+
+    def degraded(self, how: Degradation) -> Method:
+        """The same method from a photo made worse. MetaLoraError where nothing is learnt from a photo."""
+        if self.degrade or self.kind not in LEARNING:
+            raise MetaLoraError(f"The method {self.name} cannot be tried with {how}: it learns from no photo, or from one that is degraded already.")
+        return replace(self, name=f"{self.name}+{how}", degrade=how)
 
     def over(self, config: AdaptConfig) -> AdaptConfig:
         """`config` as this method wants it."""
@@ -94,8 +106,9 @@ def _value(text: str, part: str, name: str) -> Any:
 
 def _check(config: AdaptConfig, name: str) -> None:
     counts = min(config.steps, config.batch_size, config.crops) >= 1
-    sizes = min(config.learning_rate, config.max_grad_norm, config.flow.logit_std) > 0
-    rest = min(config.weight_decay, config.warmup_steps, config.background, 1 - config.background) >= 0
+    sizes = min(config.learning_rate, config.max_grad_norm, config.flow.logit_std, config.up_rate, config.scale) > 0
+    rest = min(config.weight_decay, config.warmup_steps, config.prior) >= 0
+    shares = all(0 <= share <= 1 for share in (config.background, config.start_mid, config.start_up, config.skip_blocks)) and config.skip_blocks < 1
     margin = len(config.margin) == 2 and 0 <= config.margin[0] <= config.margin[1]
-    if not (counts and sizes and rest and margin):
+    if not (counts and sizes and rest and shares and margin):
         raise MetaLoraError(f"The method {name} has a setting out of range: counts are 1 or more, rates above 0, shares 0 to 1, a margin goes from less to more.")

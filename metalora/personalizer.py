@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from .generate import GenerateConfig, Person, generate, render, unload_people
 from .identity import ExportFormat, Identity
 from .metadown import MetaDown
 from .photo import load_photo
-from .prompts import Captioner, mirrored
+from .prompts import Captioner, anyone, mirrored
 from .train import StepReport
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 Photo = Any  # a path, bytes, a PIL image or an array
 Method = Callable[..., Generator[StepReport, None, Identity]]  # (data, config, preview=..., preview_every=...)
+PRIOR_PICTURES = 16  # that the base makes of the class, where they are learnt along with a person
 PREVIEW_STEPS = 10  # denoising steps of a preview, at most
 
 
@@ -46,6 +48,7 @@ class Personalizer:
         self._captioner = Captioner(self.clip, base.settings.caption_phrases)
         self._running: Generator | None = None
         self._encoded: tuple[Any, cache.TrainingSet] | None = None
+        self._prior: tuple[Any, cache.TrainingSet] | None = None
 
     @classmethod
     def open(
@@ -180,10 +183,11 @@ class Personalizer:
         self, learn: Method, photos: list[Photo], domain: str, config: AdaptConfig, face: int | None, preview_every: int
     ) -> Generator[StepReport, None, Identity]:
         data = self.encode(photos, domain, config, face)
+        prior = self._own_pictures(domain, config.seed) if config.prior > 0 else None
         preview = self._preview(domain) if preview_every else None
         unload_people(self.base)
         with plain_faults():
-            return (yield from learn(data, config, preview=preview, preview_every=preview_every))
+            return (yield from learn(data, config, preview=preview, preview_every=preview_every, prior=prior))
 
     def encode(self, photos: Sequence[Photo], domain: str, config: AdaptConfig | None = None, face: int | None = None) -> cache.TrainingSet:
         """Photos → crops round the face with captions, encoded: what stage 2 trains on. The last set is kept for another try."""
@@ -211,6 +215,17 @@ class Personalizer:
         with plain_faults():
             weights = (cache.to_tensor(masks)[:, :1] + 1) / 2 if config.background < 1 else None
             return cache.encode(self.base, cache.to_tensor(crops), captions, masks=weights)
+
+    def _own_pictures(self, domain: str, seed: int) -> cache.TrainingSet:
+        """What the base itself makes of the class, in various clothes and places, encoded; the last set is kept. See `config.prior`."""
+        if self._prior is None or self._prior[0] != (domain, seed):
+            rng, size = random.Random(seed), (self.base.settings.train_resolution,) * 2
+            groups = self.base.settings.caption_phrases
+            prompts = [", ".join([f"a photo of {anyone(domain)}", *map(rng.choice, groups)]) for _ in range(PRIOR_PICTURES)]
+            with plain_faults():
+                pictures = [picture for i, prompt in enumerate(prompts) for picture in generate(self.base, [prompt], [], GenerateConfig(1, seed + i, size=size))]
+                self._prior = (domain, seed), cache.encode(self.base, cache.to_tensor(pictures), prompts)
+        return self._prior[1]
 
     def pick(self, image: Image.Image, face: int | None = None) -> Face:
         """The one face of a photo, or its number `face`; MetaLoraError for none, or for several and no number."""

@@ -39,12 +39,14 @@ def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str,
     summary = {
         "base": settings["base"], "gallery": gallery, "chance": 1 / gallery, "prompts": settings["prompts"], "seed": settings["seed"],
         "strength": settings.get("strength", 1.0),
-        "methods": {name: summarise(rows) | {"steps": each[name]["steps"]} for name, rows in found.items()}, "left_out": left_out or {},
+        "methods": {name: summarise(rows) | {key: each[name][key] for key in ("steps", "degrade") if key in each[name]} for name, rows in found.items()},
+        "left_out": left_out or {},
     }  # fmt: skip
     save_json(output / "summary.json", summary)
-    sheet = contact_sheet(output, found, gallery)
+    clean = {name: rows for name, rows in found.items() if "degrade" not in each[name]}
+    sheet = contact_sheet(output, clean if set(clean) - {TRUE_PHOTOS} else found, gallery)
     write_atomically(output / "contact-sheet.png", lambda beside: sheet.save(beside, format="PNG"))
-    page = html_report(summary, sheet)
+    page = html_report(summary, sheet, worse_photos(output, {name: rows for name, rows in found.items() if name not in clean}))
     write_atomically(output / "report.html", lambda beside: beside.write_text(page, encoding="utf-8"))
     return summary
 
@@ -62,9 +64,11 @@ def read_rows(folder: Path) -> Rows:
 def summarise(rows: Rows, by_domain: bool = True) -> dict[str, Any]:
     """Mean of each score with the ends of its 95 % bootstrap interval over people; also for each domain alone."""
     people = list(rows.values())
-    got: dict[str, Any] = {"people": len(people), "pictures": sum(map(len, people)), "learn_seconds": float(np.mean([p[0]["learn_seconds"] for p in people]))}
+    done = [p for p in people if "failed" not in p[0]]  # the others were not learnt: their degraded photo shows no face
+    got: dict[str, Any] = {"people": len(people), "failed": len(people) - len(done), "pictures": sum(map(len, done))}
+    got["learn_seconds"] = float(np.mean([p[0]["learn_seconds"] for p in done or people]))
     for key in ("parameters", "bytes"):
-        got[key] = round(float(np.mean([p[0].get(key, 0) for p in people])))
+        got[key] = round(float(np.mean([p[0].get(key, 0) for p in done or people])))
     for name, key in SCORES.items():
         if key not in people[0][0]:
             continue  # only what was measured has a figure
@@ -88,7 +92,8 @@ def table(summary: dict[str, Any]) -> str:
         lines.append([name, str(m["people"]), spread, *scores, _figure(m["faces_found"]["mean"], "{:.0%}"), f"{m['learn_seconds']:.1f} s", str(m["parameters"]), str(m["bytes"])])
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     rows = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines]
-    return "\n".join([*rows, f"gallery of {summary['gallery']} people, chance {summary['chance']:.1%}, strength {summary['strength']:g}"])
+    lost = [f"{name}: no face was found in the degraded photo of {m['failed']} people, who count as not identified" for name, m in summary["methods"].items() if m["failed"]]
+    return "\n".join([*rows, *lost, f"gallery of {summary['gallery']} people, chance {summary['chance']:.1%}, strength {summary['strength']:g}"])
 
 
 def contact_sheet(output: Path, found: dict[str, Rows], gallery: int) -> Image.Image:
@@ -127,10 +132,24 @@ def contact_sheet(output: Path, found: dict[str, Rows], gallery: int) -> Image.I
     return sheet
 
 
+def worse_photos(output: Path, degraded: dict[str, Rows]) -> Image.Image | None:
+    """What the photo of the first person became, once for each way of making it worse; None where none was."""
+    if not degraded:
+        return None
+    effects = {name.rpartition("+")[2]: output / folder_of(name) / f"{min(rows)}-photo-0.png" for name, rows in degraded.items()}
+    original = output / next(iter(degraded.values()))[min(next(iter(degraded.values())))][0]["reference"]
+    strip = Image.new("RGB", (GAP + (1 + len(effects)) * (CELL + GAP), CELL + FOOT + 2 * GAP), PAPER)
+    for i, (label, path) in enumerate([("as it is", original), *effects.items()]):
+        _paste(strip, path, GAP + i * (CELL + GAP), GAP)
+        ImageDraw.Draw(strip).text((GAP + i * (CELL + GAP), GAP + CELL + 4), label, SOFT, ImageFont.load_default(12))
+    return strip
+
+
 def _generated(sheet: Image.Image, output: Path, row: dict[str, Any], x: int, y: int) -> None:
     """A generated picture with its verdict and its figure under it."""
-    _paste(sheet, output / row["picture"], x, y)
     draw = ImageDraw.Draw(sheet)
+    if row["picture"]:
+        _paste(sheet, output / row["picture"], x, y)
     draw.rectangle((x, y + CELL + 2, x + CELL - 1, y + CELL + 4), RIGHT if row["identified"] else WRONG)
     draw.text((x, y + CELL + 5), _figure(row["r_facesim"], "{:.2f}") if row["face"] else "no face", SOFT, ImageFont.load_default(12))
 

@@ -29,7 +29,7 @@ from .processes import here
 
 DEBUG = "METALORA_DEBUG"
 STOPPED = 130  # exit code
-SEVERAL = ("--held-out", "--against", "--learnt-from", "--method", "--memory")  # options after which several values may stand
+SEVERAL = ("--held-out", "--against", "--learnt-from", "--method", "--memory", "--degrade")  # options after which several values may stand
 Result = tuple[dict[str, Any], str]  # for --json, and for people; an empty one is not printed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help="Meta-LoRA: one photo of a face in, pictures and a LoRA file out.")  # fmt: skip

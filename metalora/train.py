@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -52,9 +53,17 @@ class Clock:
         return StepReport(self.done, self.steps, loss, speed, (self.steps - self.done) / speed, preview, validation)
 
 
-def optimizer(parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+def optimizer(parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW in its fused form: one call updates the many small factors."""
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+
+
+def two_rates(adapter: Adapter, learning_rate: float, weight_decay: float, up_rate: float) -> torch.optim.AdamW:
+    """The same over all of the adapter's open factors, Up at `up_rate` times the rate of the others [LoRA+, arXiv 2402.12354]."""
+    ups = {id(p) for p in adapter.ups()}
+    rates = ((False, learning_rate), (True, up_rate * learning_rate))
+    groups = [{"params": [p for p in trainable(adapter) if (id(p) in ups) == up], "lr": rate} for up, rate in rates]
+    return optimizer(groups, learning_rate, weight_decay)
 
 
 def warmup(steps: int) -> Callable[[int], float]:
@@ -118,11 +127,13 @@ def fit(
     max_grad_norm: float,
     rate: Callable[[int], float] = lambda step: 1.0,
     share: Share = Share(),
+    more: Callable[[int], Tensor] | None = None,
 ) -> Iterator[float]:
     """Train the adapter's open factors for `steps` steps and yield the loss of each.
 
     `rate` multiplies every optimiser's own learning rate. Every draw comes from `generator`, which lives on the CPU.
     With a `share` every process works on its rows of each batch, and gradients are summed: all take the same steps.
+    `more` gives a further loss of step 0, 1, …, which is added.
     Raises MetaLoraError where the loss is no longer a number.
     """
     parameters = list(trainable(adapter))
@@ -132,7 +143,7 @@ def fit(
         for step in range(steps):
             rows = next(batches).to(data.subject.device)
             adapter.use_rows(share.of(data.subject[rows]) if adapter.count > 1 else None)
-            value = _gradients(base, adapter, data, rows, generator, flow_config, share)
+            value = _gradients(base, adapter, data, rows, generator, flow_config, share, more and partial(more, step))
             if share.world > 1:
                 value = sum_over_processes(parameters, value)
             if not math.isfinite(value):
@@ -161,16 +172,20 @@ def sum_over_processes(parameters: Sequence[nn.Parameter], loss: float = 0.0) ->
 
 
 def _gradients(
-    base: Base, adapter: Adapter, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share
+    base: Base, adapter: Adapter, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share,
+    more: Callable[[], Tensor] | None = None,
 ) -> float:  # fmt: skip
     """The loss of one step, its gradients left with the parameters; a step that the memory does not do for is done again."""
     start = generator.get_state()
 
     def step() -> float:
+        total = 0.0
         with _repeatable(base.device):
-            loss = flow_loss(base, data, rows, generator, config, share)
-            loss.backward()
-        return loss.item()
+            for part in filter(None, (partial(flow_loss, base, data, rows, generator, config, share), more)):
+                loss = part()
+                loss.backward()  # one after the other, so that only one's activations are kept
+                total += loss.item()
+        return total
 
     def again() -> None:
         generator.set_state(start)

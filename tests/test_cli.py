@@ -127,8 +127,9 @@ def test_methods_are_compared(call, people):
     folder = write_people(Path("women"), {"ann": "woman", "bea": "woman"})
     code, out, err = call("evaluate", folder, "--method", "base", "meta-lora", "--steps", 2, "--output", "out", "--limit", 1, "--json")
     assert code == 0 and json.loads(out)["methods"]["meta-lora"]["people"] == 1 and "left" in err
-    code, out, _ = call("evaluate", folder, "--method", "base", "--method", "meta-lora", "--steps", 2, "--output", "out")
+    code, out, _ = call("evaluate", folder, "--method", "base", "--method", "meta-lora", "--steps", 2, "--output", "out", "--degrade", "dark=0.3", "dark=0.98")
     assert code == 0 and "gallery of 2 people, chance 50.0%" in out and Path("out/report.html").is_file()
+    assert "meta-lora+dark=0.3 " in out and "no face was found in the degraded photo of 2 people" in out
     code, _, err = call("evaluate", people, "--method", "meta-lora", "--output", "other")
     assert code == 2 and "no Meta-Down for the domain man" in err
 
@@ -232,6 +233,7 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_two(call, people, me):
     assert "no export format" in refused(call, "export", me, "--format", "onnx", "-o", "x.safetensors")
     assert "known are base" in refused(call, "evaluate", people, "--method", "magic", "-o", "out")
     assert "no setting named rate" in refused(call, "evaluate", people, "--method", "meta-lora:rate=1", "-o", "out")
+    assert "write it like blur=2" in refused(call, "evaluate", people, "--method", "meta-lora", "-o", "out", "--degrade", "fog=1")
     assert "nobody of the domain dog" in refused(call, "adapt-all", people, "--domain", "dog", "-o", "out")
     assert "no Meta-Down for the domain man" in refused(call, "adapt-all", people, "-o", "out")
     assert "holds no metadata.jsonl" in refused(call, "meta-train", ".", "--domain", "woman", "-o", "out")

@@ -14,10 +14,12 @@ from PIL import Image
 from metalora import MetaLoraError, Personalizer
 from metalora.adapter import attach_plain, trainable
 from metalora.config import AdaptConfig
-from metalora.evaluate import evaluate
+from metalora.data import load_dataset
+from metalora.degrade import Degradation
+from metalora.evaluate import Bench, evaluate
 from metalora.methods import Method
 from metalora.report import CELL, TRUE_PHOTOS, contact_sheet, folder_of, read_rows, summarise, table, wrap, write_report
-from metalora.webreport import html_report
+from metalora.webreport import degrade_curves, html_report
 
 from .conftest import run, state_hash
 from .parts import GREY, build_small_dino, write_people
@@ -210,6 +212,7 @@ def test_a_method_lays_its_settings_over_those_of_the_base():
     ("rate=1", "no setting named rate; known are"), ("flow.mean=1", "no setting named mean"), ("steps=2.5", "must be a int"), ("steps=many", "not understood"),
     ("learning_rate=NaN", "not understood"), ("", "not understood"), ("../x=1", "named"), ("steps=0", "out of range"), ("learning_rate=-1", "out of range"),
     ("margin=[2,1]", "out of range"), ("crops=2,crops=3", "twice"), ("steps=2@3", "twice"), ("seed=3", "--seed"), ("steps=" + "1" * 200, "not understood"),
+    ("up_rate=0", "out of range"), ("start_up=1.5", "out of range"), ("skip_blocks=1", "out of range"), ("prior=-1", "out of range"), ("scale=0", "out of range"),
     ("flow=1,flow.logit_mean=1", "twice"), ("crops=[1]", "must be a int"),
 ])  # fmt: skip
 def test_a_wrong_setting_of_a_method_is_a_sentence(settings, fault):
@@ -224,6 +227,77 @@ def test_other_settings_make_other_pictures_in_a_folder_of_their_own(done, perso
     assert rows[1]["method"] == name and name in summary["methods"] and summary["methods"][name]["steps"] == 3
     paths = [folder / row["picture"] for folder, row in zip((done[0], done[0].parent / "trial"), rows)]
     assert Image.open(paths[0]).tobytes() != Image.open(paths[1]).tobytes()
+
+
+# ---- baselines of their own settings, photos made worse
+
+
+def test_an_ordinary_lora_starts_from_its_own_settings(done, personalizer, people, tmp_path):
+    """Rate, batch and steps are its own; photo, crops, noise levels and seed are those of all."""
+    settings = personalizer.base.settings
+    flow = replace(settings.adapt.flow, logit_mean=0.5)
+    own = replace(settings, adapt=replace(settings.adapt, crops=3, margin=(0.1, 0.2), flow=flow), plain=replace(settings.plain, steps=7, learning_rate=0.123, batch_size=3, crops=5))
+    other = Personalizer(replace(personalizer.base, settings=own), personalizer.meta_down("woman"))
+    bench = Bench(other, load_dataset(people), tmp_path, None, 4, 1.0, None)
+    plain, meta = (bench.settings(Method.parse(name)) for name in ("lora-r1", "meta-lora"))
+    assert plain == AdaptConfig(steps=7, learning_rate=0.123, batch_size=3, crops=3, margin=(0.1, 0.2), flow=flow, seed=4)
+    assert meta == replace(own.adapt, seed=4) and bench.steps(Method.parse("lora-r2@9")) == 9
+    assert bench.settings(Method.parse("lora-r1:learning_rate=1e-4")).learning_rate == 1e-4
+    said = json.loads((done[0] / "lora-r1@2" / "settings.json").read_text())["adapt"]
+    assert f"learning_rate={settings.plain.learning_rate}" in said and said != json.loads((done[0] / "meta-lora" / "settings.json").read_text())["adapt"]
+
+
+@pytest.fixture(scope="module")
+def degraded(personalizer, people, tmp_path_factory):
+    output = tmp_path_factory.mktemp("degraded")
+    _, summary = run(evaluate(personalizer, people, ["base", "meta-lora"], output, steps=2, limit=2, degrade=["dark=0.3", "dark=0.98"]))
+    return output, summary
+
+
+def test_a_photo_made_worse_is_learnt_as_a_method_of_its_own(degraded, done):
+    output, summary = degraded
+    assert list(summary["methods"]) == ["base", "meta-lora", "meta-lora+dark=0.3", "meta-lora+dark=0.98", TRUE_PHOTOS]
+    photos = [read_rows(output / folder)["000-ann"][0]["reference"] for folder in ("meta-lora", "meta-lora+dark=0.3")]
+    assert photos[0] == photos[1]  # what it is judged by stays
+    worse = Image.open(output / "meta-lora+dark=0.3" / "000-ann-photo-0.png")
+    assert worse.getpixel((16, 16)) == (178, 0, 0)
+    pictures = [Image.open(output / folder / "000-ann-0.png").tobytes() for folder in ("meta-lora", "meta-lora+dark=0.3")]
+    assert pictures[0] != pictures[1]
+    assert summary["methods"]["meta-lora+dark=0.3"]["degrade"] == {"kind": "dark", "strength": 0.3}
+
+
+def test_a_face_that_is_lost_counts_as_not_identified_and_is_told(degraded):
+    output, summary = degraded
+    lost, rows = summary["methods"]["meta-lora+dark=0.98"], read_rows(output / "meta-lora+dark=0.98")
+    assert lost["failed"] == lost["people"] == 2 and summary["methods"]["meta-lora+dark=0.3"]["failed"] == 0 and lost["pictures"] == 0
+    assert lost["identification"]["mean"] == 0 and lost["faces_found"]["mean"] == 0 and lost["r_facesim"]["mean"] is None
+    assert all("No face was found" in row["failed"] and row["picture"] is None for person in rows.values() for row in person)
+    assert "meta-lora+dark=0.98: no face was found in the degraded photo of 2 people" in table(summary)
+
+
+def test_the_page_shows_a_curve_for_each_kind_of_effect(degraded):
+    page = (degraded[0] / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 1 and "Learnt from photos made worse" in page and "2 of 2 people" in page and "Over the steps" not in page
+    methods = degraded[1]["methods"]
+    more = {**methods, "meta-lora+blur=2": methods["meta-lora+dark=0.3"] | {"degrade": {"kind": "blur", "strength": 2.0}}}
+    assert [kind for kind, _ in degrade_curves(more)] == ["dark", "blur"]
+
+
+def test_a_degraded_run_goes_on_and_keeps_to_its_settings(degraded, personalizer, people):
+    before = contents(degraded[0])
+    _, again = run(evaluate(personalizer, people, ["base", "meta-lora", "meta-lora+dark=0.3", "meta-lora+dark=0.98"], degraded[0], steps=2, limit=2))
+    assert again == degraded[1] and contents(degraded[0]) == before
+    with pytest.raises(MetaLoraError, match="other settings .*adapt|steps"):
+        run(evaluate(personalizer, people, ["meta-lora+dark=0.3"], degraded[0], steps=3))
+
+
+def test_methods_with_worse_photos_are_read_from_their_names():
+    got = Method.parse("meta-lora:learning_rate=1e+3@20+blur=2")
+    assert (got.name, got.steps, got.degrade) == ("meta-lora:learning_rate=1e+3@20+blur=2", 20, Degradation("blur", 2.0))
+    assert Method.parse("lora-r1+dark=0.50").name == "lora-r1+dark=0.5" and got == Method.parse("meta-lora:learning_rate=1e+3@20").degraded(Degradation("blur", 2.0))
+    for name, fault in {"base+blur=2": "learns from no photo", "meta-lora+fog=2": "write it like blur=2", "meta-lora+blur=2+dark=0.5": "degraded already"}.items():
+        with pytest.raises(MetaLoraError, match=fault):
+            Method.parse(name)
 
 
 # ---- the report

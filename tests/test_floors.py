@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "metalora"
 FLOORS = [
     {"errors"},
     {"config", "licence"},
-    {"flow", "adapter", "files", "photo", "face", "clip"},
-    {"data", "metadown", "prompts", "processes", "dino"},
+    {"flow", "adapter", "fold", "files", "photo", "face", "clip"},
+    {"data", "metadown", "prompts", "degrade", "processes", "dino"},
     {"identity", "hub", "plan"},
     {"quantise", "publish"},
     {"base"},

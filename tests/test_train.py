@@ -241,24 +241,25 @@ from metalora.meta import meta_train
 base = Base.open(sys.argv[1], "cpu")
 images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
 people = encode(base, images, ["a photo of sks woman"] * 4, [0, 1, 2, 3])
-run = meta_train(base, 4, people.select, "woman", MetaConfig(rounds=2, bucket_size=2, bucket_steps=3, warmup_steps=1, batch_size=2), name="t")
+run = meta_train(base, 4, people.select, "woman", MetaConfig(rounds=2, bucket_size=2, bucket_steps=3, warmup_steps=1, batch_size=2, start_rate=0.5), name="t")
 while True:
     try:
         report = next(run)
     except StopIteration as end:
-        print(report.loss, sum(t.abs().sum().item() for t in end.value.tensors.values()), end.value.sha256)
+        start = [t for pair in end.value.start.values() for t in pair]
+        print(report.loss, *(sum(t.abs().sum().item() for t in kind) for kind in (end.value.tensors.values(), start)), end.value.stamp)
         break
 """
 
 
 def test_several_processes_learn_what_one_does(tiny_base, tmp_path):
-    """The same losses and the same Down, to rounding; the two processes hold the very same one."""
-    (_, size, sha), (_, _, other) = shared = in_processes(2, tmp_path, PROCESS, str(tiny_base))
+    """The same losses, Down and start, to rounding; the two processes hold the very same ones."""
+    (_, size, start, sha), (*_, other) = shared = in_processes(2, tmp_path, PROCESS, str(tiny_base))
     (tmp_path / "alone").mkdir()
     (alone,) = in_processes(1, tmp_path / "alone", PROCESS, str(tiny_base))
     assert sha == other
     assert [float(words[0]) for words in shared] == pytest.approx([float(alone[0])] * 2, rel=1e-5)
-    assert float(size) == pytest.approx(float(alone[1]), rel=1e-6)
+    assert float(size) == pytest.approx(float(alone[1]), rel=1e-6) and float(start) == pytest.approx(float(alone[2]), rel=1e-4)
 
 
 def test_a_checkpoint_of_another_training_is_refused(base, people, tmp_path):
