@@ -124,7 +124,7 @@ def test_the_mask_is_cut_as_the_photo_is_and_counts_the_face_in_full(left, top, 
     for cut, mask in zip(crops(photo, box, 64, config), crops(face_mask(photo.size, box, background), box, 64, config)):
         cut, mask = (np.asarray(picture)[..., 0] for picture in (cut, mask))
         assert mask.flat[cut.argmax()] == 255
-        assert mask.min() >= 255 * background - 30  # the filter swings below the edge
+        assert mask.min() >= 255 * (background - (1 - background) / 3) - 2  # the filter swings below an edge, and twice as far at a corner
 
 
 def test_a_loss_that_is_no_number_is_a_sentence(base, photo, meta_down):
