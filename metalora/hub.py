@@ -64,7 +64,7 @@ def base_folder(name: str, download: bool = True, on_fetch: OnFetch | None = Non
     folder = (CATALOG.parent / place).resolve() if place else Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise MetaLoraError(f"The folder {folder} holds no diffusers pipeline (no model_index.json); give the folder of a FLUX pipeline.")
+            raise MetaLoraError(f"The folder {folder} holds no diffusers pipeline (no model_index.json); give the folder of a FLUX.1 or FLUX.2 klein pipeline.")
         return folder
     if place:
         raise MetaLoraError(f"The base {name} should lie in {folder}, but it is not there; get the project's files afresh.")

@@ -9,8 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "metalora"
 FLOORS = [
     {"errors"},
     {"config", "licence"},
-    {"flow", "adapter", "files", "photo", "face", "clip"},
-    {"data", "metadown", "prompts"},
+    {"flow", "family", "adapter", "files", "photo", "face", "clip"},
+    {"flux", "flux2", "data", "metadown", "prompts"},
+    {"families"},
     {"identity", "hub", "plan"},
     {"quantise", "publish"},
     {"base"},

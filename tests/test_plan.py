@@ -21,8 +21,10 @@ from metalora.adapt import adapt, adapt_plain
 from metalora.adapter import attach, find_targets
 from metalora.base import Base, _load_pipeline
 from metalora.config import AdapterConfig, BaseSettings
+from metalora.families import KNOWN
+from metalora.family import Text
 from metalora.generate import GenerateConfig, Person, generate, unload_people
-from metalora.plan import FLUX_DEV, GIB, PLANS, Model, Work, choose
+from metalora.plan import GIB, PLANS, Model, Work, choose
 from metalora.quantise import configs_for
 
 from .conftest import run
@@ -55,17 +57,19 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.fixture(scope="module")
-def flux() -> Model:
-    return Model(FLUX_DEV)
+@pytest.fixture(scope="module", params=KNOWN, ids=lambda name: name.rpartition("/")[2])
+def known(request) -> Model:
+    """Each full-size model whose configs stand in the code."""
+    return Model.known(request.param)
 
 
 @pytest.fixture(scope="module")
-def needs(flux) -> dict[str, dict[str, plan.Needs]]:
-    """What FLUX.1-dev needs for each kind of learning."""
-    return {kind: flux.needs(work) for kind, work in WORK.items()}
+def needs(known) -> dict[str, dict[str, plan.Needs]]:
+    """What it needs for each kind of learning."""
+    return {kind: known.needs(work) for kind, work in WORK.items()}
 
 
+FLUX_DEV, KLEIN_4B = KNOWN  # the names
 WORK = {kind: Work.of(BaseSettings(), kind) for kind in ("person", "plain", "stage 1")}
 
 
@@ -73,7 +77,7 @@ def on_gpu(base: Base, name: str) -> Base:
     """The tiny base as if a card had it under that plan; only that its card is the CPU."""
     model = Model.of(base.folder)
     chosen = choose(0, None, model.needs(Work.of(base.settings)), name)
-    carded = replace(base, pipeline=_load_pipeline(base.folder, chosen.plan), choice=chosen, plan=chosen.plan, _at_work=Counter())
+    carded = replace(base, pipeline=_load_pipeline(base.folder, base.family, chosen.plan), choice=chosen, plan=chosen.plan, _at_work=Counter())
     carded._settle()
     return carded
 
@@ -81,26 +85,30 @@ def on_gpu(base: Base, name: str) -> Base:
 # ---- bytes
 
 
-def test_flux_dev_has_the_parameters_that_its_makers_name(flux):
-    """11.9 and 4.76 billion."""
-    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in flux.modules.items()}
-    assert parameters["transformer"] == 11_901_408_320 and parameters["text_encoder_2"] == 4_762_310_656
-    assert all(p.is_meta for module in flux.modules.values() for p in module.parameters())
-    assert flux.tokens(1024) == 4096 and flux.width == 3072
+# Transformer and large text encoder. The latter two, and the roundings 12 and 4 billion of the former, are their makers' own figures.
+PARAMETERS = {FLUX_DEV: (11_901_408_320, 4_762_310_656), KLEIN_4B: (3_875_544_576, 4_022_468_096)}
+
+
+def test_full_size_models_have_the_parameters_that_their_makers_name(known):
+    parameters = [sum(p.numel() for p in known.modules[part].parameters()) for part in ("transformer", known.family.large_text_encoder)]
+    assert tuple(parameters) == PARAMETERS[known.family.known]
+    assert all(p.is_meta for module in known.modules.values() for p in module.parameters())
+    assert known.tokens(1024) == 4096 and known.width == 3072
 
 
 def test_predicted_weights_are_those_that_are_loaded(base):
     model = Model.of(base.folder)
-    for part in plan.COMPONENTS:
+    for part in base.family.networks:
         loaded = sum(p.numel() * p.element_size() for p in getattr(base.pipeline, part).parameters())
         assert model.weights(part, "float32") == loaded == 2 * model.weights(part, "bf16")
 
 
-def test_fewer_bits_take_fewer_bytes(flux):
-    sizes = [flux.weights("transformer", precision) for precision in ("float32", "bf16", "fp8", "4-bit")]
+def test_fewer_bits_take_fewer_bytes(known):
+    sizes = [known.weights("transformer", precision) for precision in ("float32", "bf16", "fp8", "4-bit")]
     assert sizes == sorted(sizes, reverse=True) and 0.5 < sizes[2] / sizes[1] < 0.51 and 0.25 < sizes[3] / sizes[1] < 0.26
-    assert flux.weights("vae", "4-bit") == flux.weights("vae", "bf16") == flux.weights("vae", "fp8")
-    assert flux.weights("text_encoder_2", "4-bit") < flux.weights("text_encoder_2", "fp8") == flux.weights("text_encoder_2", "bf16")
+    assert known.weights("vae", "4-bit") == known.weights("vae", "bf16") == known.weights("vae", "fp8")
+    text = known.family.large_text_encoder
+    assert known.weights(text, "4-bit") < known.weights(text, "fp8") == known.weights(text, "bf16")
 
 
 def test_predicted_fp8_weights_are_those_that_torchao_makes(base):
@@ -138,32 +146,31 @@ def the_step(model: Model, transformer: nn.Module, work: Work, device: str, dtyp
     """Bytes at most in a training step with zeros; those predicted without the adapter; those of its gradients, which come while the rest goes."""
     shape = AdapterConfig(work.rank, work.meta_rank)
     downs = {n: torch.zeros(work.meta_rank, layer.in_features, device=device) for n, layer in find_targets(transformer, work.targets).items()}
-    c, b, side = transformer.config, work.batch, work.train_resolution // 16
+    b, side = work.batch, work.train_resolution // 16
     zeros = partial(torch.zeros, device=device, dtype=dtype)
-    given = dict(
-        hidden_states=zeros(b, side**2, c.in_channels), timestep=zeros(b), guidance=zeros(b), encoder_hidden_states=zeros(b, work.text_tokens, c.joint_attention_dim),
-        pooled_projections=zeros(b, c.pooled_projection_dim), txt_ids=zeros(work.text_tokens, 3), img_ids=zeros(side**2, 3), return_dict=False,
-    )  # fmt: skip
+    text = Text(zeros(b, *shape) for shape in model.family.text_shapes(transformer, work.text_tokens))
+    given = zeros(b, side**2, transformer.config.in_channels), zeros(b), text, model.family.image_ids(side, side).to(device), 1.0
     with attach(transformer, downs, shape) as heads:
         heads.train_down(work.learns_down)
         with Peak() as watched:
-            transformer(**given)[0].float().square().mean().backward()
+            model.family.velocity(transformer, *given).float().square().mean().backward()
         gradients = sum(4 * p.numel() for p in adapter.trainable(heads))
     return watched.most, model.step(work, checkpointing, dtype.itemsize) - model._adapter(work), gradients
 
 
 @pytest.mark.parametrize("learns_down", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_training_step_of_flux_dev_takes_what_is_predicted(monkeypatch, learns_down, checkpointing):
+def test_a_training_step_of_full_size_takes_what_is_predicted(known, monkeypatch, learns_down, checkpointing):
     """With its real widths and lengths and a fifth of its blocks on the meta device, through the kernels that a card would choose."""
-    flux = Model({**FLUX_DEV, "transformer": {"guidance_embeds": True, "num_layers": 4, "num_single_layers": 8}})
+    fewer = {"num_layers": 4, "num_single_layers": 8}
+    full = Model(known.family, {**known.configs, "transformer": {**known.configs["transformer"], **fewer}})
     flash = lambda query, key, value, **more: torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]  # noqa: E731
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight=None, eps=None: CardsNorm.apply(x, weight))
     monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
-    transformer = flux.modules["transformer"].to(torch.bfloat16)
+    transformer = full.modules["transformer"].to(torch.bfloat16)
     getattr(transformer, f"{'en' if checkpointing else 'dis'}able_gradient_checkpointing")()
     work = replace(WORK["person"], learns_down=learns_down)
-    measured, predicted, gradients = the_step(flux, transformer, work, "meta", torch.bfloat16, checkpointing)
+    measured, predicted, gradients = the_step(full, transformer, work, "meta", torch.bfloat16, checkpointing)
     assert 0.88 * predicted < measured < 1.05 * predicted + gradients  # rather too much than too little
 
 
@@ -171,7 +178,7 @@ def test_a_training_step_of_flux_dev_takes_what_is_predicted(monkeypatch, learns
 def test_a_training_step_of_any_shape_takes_what_is_predicted(base, double, single, tokens, batch):
     """Computed, not only watched: on the CPU, where layer inputs are kept whatever learns."""
     config = {**base.transformer.config, "num_layers": double, "num_single_layers": single, "num_attention_heads": 8}
-    model = Model({**Model.of(base.folder).configs, "transformer": config})
+    model = Model(base.family, {**Model.of(base.folder).configs, "transformer": config})
     transformer = type(base.transformer).from_config(config)
     work = Work(512, 512, tokens, batch, 1, 1, 4, True, WORK["person"].targets)
     measured, predicted, gradients = the_step(model, transformer, work, "cpu", torch.float32, False)

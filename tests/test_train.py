@@ -223,6 +223,7 @@ while True:
 """
 
 
+@pytest.mark.one_family
 def test_several_processes_learn_what_one_does(tiny_base, tmp_path):
     """The same losses and the same Down, to rounding; the two processes hold the very same one."""
     (_, size, sha), (_, _, other) = shared = in_processes(2, tmp_path, PROCESS, str(tiny_base))
