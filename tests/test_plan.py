@@ -10,11 +10,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import Flux2KleinPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from metalora import MetaLoraError, adapter, plan
 from metalora.adapt import adapt, adapt_plain
@@ -28,6 +30,7 @@ from metalora.plan import GIB, PLANS, Model, Work, choose
 from metalora.quantise import configs_for
 
 from .conftest import run
+from .parts import qwen_tokenizer
 
 BY_NAME = {p.name: p for p in PLANS}
 
@@ -185,6 +188,15 @@ def test_a_training_step_of_any_shape_takes_what_is_predicted(base, double, sing
     assert 0.9 * predicted < measured < 1.1 * predicted + gradients
 
 
+def test_encoding_texts_with_qwen_takes_what_is_predicted():
+    """With more words than anything else holds, as at full size."""
+    shape = dict(vocab_size=4000, hidden_size=64, intermediate_size=256, num_hidden_layers=28, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    qwen = Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+    with torch.no_grad(), Peak() as watched:
+        Flux2KleinPipeline._get_qwen3_prompt_embeds(qwen, qwen_tokenizer(["park"]), ["a park"] * 3, max_sequence_length=64)
+    assert 0.95 * watched.most < 4 * KNOWN[KLEIN_4B].numbers_of_texts({"text_encoder": qwen}, 3, 64) < 1.05 * watched.most
+
+
 def test_without_the_input_the_gradients_are_the_same():
     x = torch.randn(5, 12, requires_grad=True)
     down, mid, up = torch.randn(4, 12), torch.randn(2, 4, requires_grad=True), torch.randn(7, 2, requires_grad=True)
@@ -216,21 +228,28 @@ def test_a_larger_card_never_gets_a_slower_plan_and_none_is_overfilled(needs, ki
     assert chosen[1] <= chosen[0]
 
 
-@pytest.mark.parametrize("card,name", {80: "resident", 48: "resident", 40: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit-checkpointing", 10: "offload"}.items())
-def test_cards_of_every_size(needs, card, name):
-    choice = choose(card * GIB, None, needs["person"])
-    assert choice.plan == BY_NAME[name] and choice.says.startswith(f"{name}: ")
-    for passed, reason in choice.passed_over.items():
-        assert reason.startswith(f"{passed} needs ") and reason.endswith(f"{card}.0 GiB are there.")
+CARDS = {  # GiB → the plan for it
+    FLUX_DEV: {80: "resident", 48: "resident", 40: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit-checkpointing", 10: "offload"},
+    KLEIN_4B: {24: "resident", 16: "fp8", 12: "4-bit", 8: "4-bit", 6: "offload"},
+}
 
 
-def test_a_card_too_small_a_machine_too_small_and_a_cpu(needs):
-    with pytest.raises(MetaLoraError, match=r"needs 8\.\d GiB of free memory on the card at the least, and 6\.0 GiB are free; close other programs"):
-        choose(6 * GIB, None, needs["person"])
+def test_cards_of_every_size(known, needs):
+    for card, name in CARDS[known.family.known].items():
+        choice = choose(card * GIB, None, needs["person"])
+        assert choice.plan == BY_NAME[name] and choice.says.startswith(f"{name}: ")
+        for passed, reason in choice.passed_over.items():
+            assert reason.startswith(f"{passed} needs ") and reason.endswith(f"{card}.0 GiB are there.")
+
+
+def test_a_card_too_small_a_machine_too_small_and_a_cpu(known, needs):
+    card, least, machine = {FLUX_DEV: (6, 8, 32), KLEIN_4B: (4, 5, 16)}[known.family.known]
+    with pytest.raises(MetaLoraError, match=rf"needs {least}\.\d GiB of free memory on the card at the least, and {card}\.0 GiB are free; close other programs"):
+        choose(card * GIB, None, needs["person"])
     with pytest.raises(MetaLoraError, match="and this machine has 16.0 GiB; use --base miniature"):
         choose(None, 16 * GIB, needs["person"])
     assert choose(None, 128 * GIB, needs["person"]).plan == plan.ON_CPU
-    assert choose(80 * GIB, 32 * GIB, needs["person"]).plan.name == "fp8"  # for bf16 weights come through system memory
+    assert choose(80 * GIB, machine * GIB, needs["person"]).plan.name == "fp8"  # for bf16 weights come through system memory
 
 
 def test_a_named_plan_is_taken_and_an_unknown_one_is_not(needs):
@@ -252,15 +271,17 @@ def test_every_step_down_needs_less(needs):
 
 
 def test_a_missing_library_is_a_sentence(monkeypatch):
+    family = KNOWN[FLUX_DEV]
+
     def missing(name):
         raise __import__("importlib.metadata").metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.version", missing)
     with pytest.raises(MetaLoraError, match="pip install bitsandbytes=="):
-        configs_for("4-bit", torch.bfloat16)
+        configs_for("4-bit", torch.bfloat16, family)
     with pytest.raises(MetaLoraError, match="pip install torchao=="):
-        configs_for("fp8", torch.bfloat16)
-    assert configs_for("bf16", torch.bfloat16) == {}
+        configs_for("fp8", torch.bfloat16, family)
+    assert configs_for("bf16", torch.bfloat16, family) == {}
 
 
 # ---- going down
