@@ -89,7 +89,7 @@ def plain_picture(personalizer: Personalizer, place: str, lora: Path, words: str
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
     return pipeline(
-        fill(PROMPT, words), width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
+        prompt=fill(PROMPT, words), width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
         max_sequence_length=s.max_sequence_length, generator=torch.Generator().manual_seed(seed),
     ).images[0]  # fmt: skip
 

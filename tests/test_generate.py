@@ -52,7 +52,7 @@ def test_a_collapsed_person_looks_like_the_factored_one_in_a_plain_pipeline(base
     plain = type(base.pipeline).from_pretrained(tiny_base, dtype=torch.float32)
     plain.set_progress_bar_config(disable=True)
     plain.load_lora_weights(str(identity.export(tmp_path / "lora.safetensors", meta_down, base.family)))
-    image = plain("a photo of sks woman", height=32, width=32, num_inference_steps=3, guidance_scale=1.0, max_sequence_length=32,
+    image = plain(prompt="a photo of sks woman", height=32, width=32, num_inference_steps=3, guidance_scale=1.0, max_sequence_length=32,
                   generator=torch.Generator().manual_seed(0)).images[0]  # fmt: skip
     assert abs(pixels(image) - factored).max() <= 2
     assert abs(alone - factored).max() > 2
@@ -220,7 +220,7 @@ def test_without_a_meta_down_a_person_is_an_ordinary_lora(bare, config, snapshot
     alone = type(bare.pipeline).from_pretrained(tiny_base, dtype=torch.float32)
     alone.load_lora_weights(str(personalizer.export(identity, tmp_path / "lora.safetensors")))
     s = personalizer.base.settings
-    there = alone("a photo of sks cat", width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
+    there = alone(prompt="a photo of sks cat", width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
                   max_sequence_length=s.max_sequence_length, generator=torch.Generator().manual_seed(0)).images[0]  # fmt: skip
     assert abs(shown - pixels(there)).max() <= 2
 
