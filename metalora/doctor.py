@@ -80,7 +80,8 @@ def _base(name: str) -> dict[str, Any]:
     from .base import fingerprint
 
     folder = hub.base_folder(name, download=False)
-    return {"says": f"{name} in {folder}", "folder": str(folder), "fingerprint": fingerprint(folder)}
+    licence = hub.catalog().get(name, {}).get("licence")
+    return {"says": f"{name} in {folder}{f', under {licence}' if licence else ''}", "folder": str(folder), "fingerprint": fingerprint(folder)}
 
 
 def _plan(base: str, folder: str | None, settings: BaseSettings, learning: Learning, card: float | None) -> dict[str, Any]:

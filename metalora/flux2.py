@@ -90,7 +90,7 @@ class Flux2Klein(Family):
     def velocity(self, transformer: nn.Module, tokens: Tensor, sigma: Tensor, text: Text, image_ids: Tensor, guidance: float) -> Tensor:
         """`guidance` plays no part: it is not told to the transformer."""
         text_ids = torch.zeros(text.embeds.shape[1], 4, device=tokens.device)
-        text_ids[:, 3] = torch.arange(len(text_ids))
+        text_ids[:, 3] = torch.arange(len(text_ids), device=tokens.device)  # the place of the word
         return transformer(
             hidden_states=tokens,
             timestep=sigma.to(tokens.dtype),

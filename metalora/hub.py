@@ -32,7 +32,10 @@ META_DOWN_FILES = ["meta_down.safetensors", "config.json", "README.md"]
 
 
 def catalog() -> dict[str, dict]:
-    """Rows of catalog.json: base name → {"path": folder of ours, "revision": commit on the Hub, "meta_down": {domain: place}}."""
+    """Rows of catalog.json: base name → {"path": folder of ours, "revision": commit on the Hub, "licence": its name there, "meta_down": {domain: place}}.
+
+    A row without a revision, as FLUX.2-klein-4B's, is not pinned: the newest commit is fetched. Pin it once it was tried.
+    """
     return json.loads(CATALOG.read_text(encoding="utf-8"))
 
 

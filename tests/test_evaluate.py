@@ -122,6 +122,7 @@ def test_a_second_run_does_nothing_anew(done, personalizer, people):
     assert len(progress) == 3 and again == summary and contents(output) == before
 
 
+@pytest.mark.one_family
 def test_a_broken_run_goes_on_and_parts_make_the_whole(done, personalizer, people, tmp_path):
     broken = evaluate(personalizer, people, METHODS, tmp_path, steps=3, part=(1, 2))
     for _ in range(20):
@@ -190,9 +191,9 @@ def test_a_wrong_setting_of_a_method_is_a_sentence(settings, fault):
         Method.parse(f"meta-lora:{settings}")
 
 
-def test_other_settings_make_other_pictures_in_a_folder_of_their_own(done, personalizer, people):
+def test_other_settings_make_other_pictures_in_a_folder_of_their_own(done, personalizer, people, tmp_path):
     name = "meta-lora:learning_rate=0.5,batch_size=2"
-    _, summary = run(evaluate(personalizer, people, [name], done[0].parent / "trial", steps=3, limit=1))
+    _, summary = run(evaluate(personalizer, people, [name], tmp_path / "trial", steps=3, limit=1))
     rows = [read_rows(folder)["000-ann"][0] for folder in (done[0] / "meta-lora", done[0].parent / "trial" / folder_of(name))]
     assert rows[1]["method"] == name and name in summary["methods"] and summary["methods"][name]["steps"] == 3
     paths = [folder / row["picture"] for folder, row in zip((done[0], done[0].parent / "trial"), rows)]

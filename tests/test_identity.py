@@ -179,9 +179,10 @@ def test_kohya_names_hold_the_same_weights(base, rank):
     def parts(block, *names):
         return torch.cat([lora[f"transformer.{block}.{n}.lora_B.weight"] @ lora[f"transformer.{block}.{n}.lora_A.weight"] for n in names])
 
-    for blocks, fused, block, short in (("transformer_blocks", base.family.kohya.double, 0, "double"), ("single_transformer_blocks", base.family.kohya.single, 1, "single")):
-        for target, sources in fused.items():
-            torch.testing.assert_close(delta(f"lora_unet_{short}_blocks_{block}_{target}"), parts(f"{blocks}.{block}", *sources))
+    for target, sources in base.family.kohya.double.items():
+        torch.testing.assert_close(delta(f"lora_unet_double_blocks_0_{target}"), parts("transformer_blocks.0", *sources))
+    for target, sources in base.family.kohya.single.items():
+        torch.testing.assert_close(delta(f"lora_unet_single_blocks_1_{target}"), parts("single_transformer_blocks.1", *sources))
     assert len(kohya) == 3 * (8 + 2 * 2)
 
 
