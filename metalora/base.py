@@ -1,4 +1,4 @@
-"""The base model: a diffusers FLUX pipeline, opened from a folder or the Hub, with the few calls that training needs."""
+"""The base model: a diffusers pipeline, opened from a folder or the Hub, with the few calls that training needs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from torch import Tensor
-from transformers import T5EncoderModel
 
 from . import hub
 from .adapter import ThreeFactorLinear
 from .config import BaseSettings
 from .errors import MetaLoraError
-from .plan import COMPONENTS, Choice, Learning, Model, Plan, Work, card, choose, describe, system_memory
+from .families import family_of, settings_of, unreadable
+from .family import Family, Latents, Text
+from .plan import Choice, Learning, Model, Plan, Work, card, choose, describe, system_memory
 from .quantise import configs_for
 
 OUT_OF_MEMORY = "The GPU has not enough free memory for this; close other programs that use it, choose a smaller size, or a smaller base."
@@ -32,22 +33,12 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
-class Text(NamedTuple):
-    """Prompts as the transformer takes them."""
-
-    embeds: Tensor  # (n, tokens, d_t5)
-    pooled: Tensor  # (n, d_clip)
-
-    def rows(self, index: Tensor) -> Text:
-        """The prompts at `index` (batch,)."""
-        return Text(self.embeds[index], self.pooled[index])
-
-
 @dataclass
 class Base:
-    """A FLUX pipeline on a device, with its settings. Its weights are never written to."""
+    """A pipeline on a device, with its settings. Its weights are never written to."""
 
-    pipeline: FluxPipeline
+    pipeline: DiffusionPipeline
+    family: Family
     settings: BaseSettings
     name: str  # as users know it: the catalogue's or the Hub's name
     fingerprint: str  # SHA-256 of its architecture and a sample of its weights
@@ -64,26 +55,26 @@ class Base:
         """Open a folder, a short name of the catalogue or a Hub id: float32 on a CPU, on a GPU after the plan that fits it.
 
         `plan` takes the plan of that name; `learning` says what the memory must do for; `on_fetch` sees how far a download is.
-        Raises MetaLoraError where it cannot be had, is no FLUX pipeline or does not fit the device.
+        Raises MetaLoraError where it cannot be had, is of no family that is understood or does not fit the device.
         """
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if place.type == "cuda" and not torch.cuda.is_available():
             raise MetaLoraError("There is no usable GPU on this machine; leave the device out, or choose cpu.")
         folder = hub.base_folder(str(name), on_fetch=on_fetch)
         _quiet()
-        settings = BaseSettings.load(folder)
-        _check(folder)
+        family, settings = family_of(folder), settings_of(folder)
         choice = choose(card(place), system_memory(), _model(folder).needs(Work.of(settings, learning)), plan)
-        base = cls(_load_pipeline(folder, choice.plan), settings, settings.name or str(name), fingerprint(folder), place, folder, choice, choice.plan)
+        pipeline = _load_pipeline(folder, family, choice.plan)
+        base = cls(pipeline, family, settings, settings.name or str(name), fingerprint(folder), place, folder, choice, choice.plan)
         base.persevere(base._settle)
         return base
 
     @property
-    def transformer(self) -> FluxTransformer2DModel:
+    def transformer(self) -> Any:
         return self.pipeline.transformer
 
     @property
-    def vae(self) -> AutoencoderKL:
+    def vae(self) -> Any:
         return self.pipeline.vae
 
     @property
@@ -104,14 +95,15 @@ class Base:
 
     def _settle(self) -> None:
         """Every component where it belongs now. Those that leave the device go first."""
-        here = {part for part in COMPONENTS if part in self.plan.stays or self._at_work[part]}
-        for part in sorted(COMPONENTS, key=here.__contains__):
+        parts = self.family.networks
+        here = {part for part in parts if part in self.plan.stays or self._at_work[part]}
+        for part in sorted(parts, key=here.__contains__):
             module, place = getattr(self.pipeline, part), self.device if part in here else torch.device("cpu")
             if any(p.device.type != place.type for p in module.parameters()):
                 module.to(place)
         if self.plan.checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        if self.device.type == "cuda" and len(here) < len(COMPONENTS):
+        if self.device.type == "cuda" and len(here) < len(parts):
             torch.cuda.empty_cache()
 
     def persevere(self, work: Callable[[], Result], again: Callable[[], None] = lambda: None) -> Result:
@@ -131,55 +123,43 @@ class Base:
         below = self.choice.below(self.plan)
         if below is None:
             raise MetaLoraError(OUT_OF_MEMORY) from fault
-        configs_for(below.precision, self.dtype)  # before anything is given up, for its library may be missing
+        configs_for(below.precision, self.dtype, self.family)  # before anything is given up, for its library may be missing
         logger.warning(f"The GPU ran out of memory with the plan {self.plan.name}; going on with {below.name}: {describe(below)}.")
         before, self.plan = self.plan, below
         gc.collect()
         if before.precision != below.precision:
-            for part in COMPONENTS:
+            for part in self.family.networks:
                 _release(getattr(self.pipeline, part))
-            self.pipeline = _load_pipeline(self.folder, below)
+            self.pipeline = _load_pipeline(self.folder, self.family, below)
         self._settle()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
-        """CLIP and T5 embeddings of n prompts."""
+        """Embeddings of n prompts."""
 
         def encode() -> Text:
-            with self.resident("text_encoder", "text_encoder_2"):
-                embeds, pooled, _ = self.pipeline.encode_prompt(
-                    list(prompts), None, device=self.device, max_sequence_length=self.settings.max_sequence_length
-                )
-            return Text(embeds, pooled)
+            with self.resident(*self.family.text_encoders):
+                return self.family.encode_prompts(self.pipeline, prompts, self.device, self.settings.max_sequence_length)
 
         return self.persevere(encode)
 
+    def encode_for_picture(self, prompt: str, guidance: float) -> Text:
+        """Embeddings of all that a picture of that prompt needs."""
+        return self.encode_prompts(self.family.prompts_of_a_picture(self.pipeline, prompt, guidance))
+
     @torch.no_grad()
-    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the latents of (n, 3, height, width) pictures in [-1, 1], scaled as the transformer takes them."""
-        shift, scale = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
+    def encode_images(self, images: Tensor) -> Latents:
+        """Latents of (n, 3, height, width) pictures in [-1, 1]."""
 
-        def encode():
+        def encode() -> Latents:
             with self.resident("vae"):
-                return self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
+                return self.family.encode_images(self.vae, images.to(self.device, self.vae.dtype))
 
-        latent = self.persevere(encode)
-        return (latent.mean.float() - shift) * scale, latent.std.float() * scale  # each (n, 16, height/8, width/8)
+        return self.persevere(encode)
 
     def velocity(self, tokens: Tensor, sigma: Tensor, text: Text, image_ids: Tensor, guidance: float) -> Tensor:
-        """What the transformer predicts for packed latents (batch, tokens, 64) at noise levels (batch,)."""
-        text_ids = torch.zeros(text.embeds.shape[1], 3, device=tokens.device, dtype=tokens.dtype)
-        embedded = self.transformer.config.guidance_embeds
-        return self.transformer(
-            hidden_states=tokens,
-            timestep=sigma.to(tokens.dtype),
-            guidance=torch.full_like(sigma, guidance) if embedded else None,
-            encoder_hidden_states=text.embeds,
-            pooled_projections=text.pooled,
-            txt_ids=text_ids,
-            img_ids=image_ids,
-            return_dict=False,
-        )[0]
+        """What the transformer predicts for latents (batch, tokens, channels) at noise levels (batch,)."""
+        return self.family.velocity(self.transformer, tokens, sigma, text, image_ids, guidance)
 
 
 def fingerprint(folder: Path) -> str:
@@ -203,37 +183,25 @@ def _model(folder: Path) -> Model:
     try:
         return Model.of(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
 
 
-def _check(folder: Path) -> None:
-    try:
-        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from error
-    if kind != "FluxPipeline":
-        raise MetaLoraError(f"The base in {folder} is a {kind}; only FLUX pipelines are understood.")
-
-
-def _unreadable(folder: Path, error: Exception) -> MetaLoraError:
-    return MetaLoraError(f"The base in {folder} cannot be read ({str(error).splitlines()[0][:120]}); get it afresh.")
-
-
-def _load_pipeline(folder: Path, plan: Plan) -> FluxPipeline:
+def _load_pipeline(folder: Path, family: Family, plan: Plan) -> DiffusionPipeline:
     dtype = torch.float32 if plan.precision == "float32" else torch.bfloat16
-    configs = configs_for(plan.precision, dtype)
+    configs = configs_for(plan.precision, dtype, family)
     common = dict(dtype=dtype, local_files_only=True, use_safetensors=True)
     parts: dict[str, torch.nn.Module] = {}
     try:
-        if "text_encoder_2" in configs:  # before the transformer and out of its way, for bitsandbytes makes both on the card
-            parts["text_encoder_2"] = T5EncoderModel.from_pretrained(folder / "text_encoder_2", quantization_config=configs.pop("text_encoder_2"), **common)
-            parts["text_encoder_2"].to("cpu")
+        if (text := family.large_text_encoder) in configs:  # before the transformer and out of its way, for bitsandbytes makes both on the card
+            kind = getattr(transformers, family.networks[text])
+            parts[text] = kind.from_pretrained(folder / text, quantization_config=configs.pop(text), **common)
+            parts[text].to("cpu")
         quantised = PipelineQuantizationConfig(quant_mapping=configs) if configs else None
-        pipeline = FluxPipeline.from_pretrained(folder, quantization_config=quantised, **parts, **common)
+        pipeline = getattr(diffusers, family.pipeline).from_pretrained(folder, quantization_config=quantised, **parts, **common)
     except torch.OutOfMemoryError as error:
         raise MetaLoraError(OUT_OF_MEMORY) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.requires_grad_(False)
     return pipeline

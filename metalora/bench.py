@@ -84,14 +84,12 @@ def peak_gib() -> float | None:
 
 def plain_picture(personalizer: Personalizer, place: str, lora: Path, words: str, seed: int) -> Image.Image:
     """The same picture by diffusers alone: its pipeline, the exported file, the prompt as text."""
-    from diffusers import FluxPipeline
-
     base, s = personalizer.base, personalizer.base.settings
-    pipeline = FluxPipeline.from_pretrained(hub.base_folder(place), dtype=base.dtype, local_files_only=True).to(base.device)
+    pipeline = type(base.pipeline).from_pretrained(hub.base_folder(place), dtype=base.dtype, local_files_only=True).to(base.device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
     return pipeline(
-        fill(PROMPT, words), width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
+        prompt=fill(PROMPT, words), width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
         max_sequence_length=s.max_sequence_length, generator=torch.Generator().manual_seed(seed),
     ).images[0]  # fmt: skip
 

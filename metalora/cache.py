@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from . import flow
-from .base import Base, Text
+from .base import Base
+from .family import Text
 from .plan import PIXELS_AT_ONCE, TOKENS_AT_ONCE
 
 CHUNK = 32  # pictures or prompts encoded at a time, at most
@@ -26,9 +26,9 @@ CHUNK = 32  # pictures or prompts encoded at a time, at most
 class TrainingSet:
     """k pictures of n subjects, encoded. Latents are packed as the transformer takes them."""
 
-    mean: Tensor  # (k, tokens, 64)
-    std: Tensor  # (k, tokens, 64)
-    image_ids: Tensor  # (tokens, 3)
+    mean: Tensor  # (k, tokens, channels)
+    std: Tensor  # (k, tokens, channels)
+    image_ids: Tensor  # (tokens, axes)
     text: Text  # of the m different captions
     caption: Tensor  # (k,) int64, row of `text`
     subject: Tensor  # (k,) int64 in [0, n)
@@ -44,10 +44,9 @@ class TrainingSet:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TrainingSet:
         """The same set on a device; latents stay float32, embeddings take `dtype`."""
-        text = Text(*(t.to(device, dtype) for t in self.text))
         tensors = {name: getattr(self, name) for name in ("mean", "std", "image_ids", "caption", "subject", "weight")}
         moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
-        return replace(self, text=text, **moved)
+        return replace(self, text=self.text.to(device, dtype), **moved)
 
     def select(self, subjects: Sequence[int]) -> TrainingSet:
         """The pictures of these subjects only, renumbered 0, 1, … in the order given."""
@@ -72,20 +71,20 @@ def encode(
     """
     assert len(images) == len(captions) and len(images) > 0, "a caption for each picture"
     pictures = min(CHUNK, max(1, PIXELS_AT_ONCE // images[0, 0].numel()))
-    moments = [base.encode_images(chunk) for chunk in images.split(pictures)]
-    mean, std = (torch.cat(parts) for parts in zip(*moments))
+    latents = [base.encode_images(chunk) for chunk in images.split(pictures)]
     different = list(dict.fromkeys(captions))
     prompts = min(CHUNK, max(1, TOKENS_AT_ONCE // base.settings.max_sequence_length))
     texts = [base.encode_prompts(different[i : i + prompts]) for i in range(0, len(different), prompts)]
     number = {caption: i for i, caption in enumerate(different)}
+    grid = (latents[0].image_ids[:, 1:3].max(0).values + 1).int().tolist()  # rows and columns of tokens
     return TrainingSet(
-        mean=flow.pack(mean),
-        std=flow.pack(std),
-        image_ids=flow.image_ids(*mean.shape[2:]).to(base.device, base.dtype),
-        text=Text(*(torch.cat(parts) for parts in zip(*texts))),
+        mean=torch.cat([part.mean for part in latents]),
+        std=torch.cat([part.std for part in latents]),
+        image_ids=latents[0].image_ids,
+        text=Text.cat(texts),
         caption=torch.tensor([number[c] for c in captions], device=base.device),
         subject=torch.tensor(subjects if subjects is not None else [0] * len(captions), device=base.device),
-        weight=None if masks is None else F.adaptive_avg_pool2d(masks, (mean.shape[2] // 2, mean.shape[3] // 2)).flatten(1).to(base.device),
+        weight=None if masks is None else F.adaptive_avg_pool2d(masks, grid).flatten(1).to(base.device),
     )
 
 

@@ -151,13 +151,13 @@ def score(
     """Score pictures: R-FaceSim to other photos of the person, and what else can be told."""
     from . import hub
     from .clip import Clip
-    from .config import BaseSettings
     from .face import FaceFinder
+    from .families import settings_of
     from .photo import load_photo
     from .score import Scorer
 
     images, others, photos = ([load_photo(path) for path in paths or []] for paths in (pictures, against, learnt_from))
-    settings = BaseSettings.load(hub.base_folder(base))
+    settings = settings_of(hub.base_folder(base))
     scorer = Scorer(FaceFinder(settings.face_pack, settings.det_size), Clip(settings.clip))
     for image in (*others, *photos):
         scorer.finder.pick(image)

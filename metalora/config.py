@@ -1,7 +1,7 @@
 """Every setting and its default in one place, as frozen dataclasses.
 
-The defaults are those of FLUX.1-dev. A base model may carry a ``metalora.json`` beside its ``model_index.json`` that
-replaces any of them; nothing else in the package knows one base from another.
+The defaults are those of FLUX.1-dev; a family of base models may replace some. A base model may carry a ``metalora.json`` beside
+its ``model_index.json`` that replaces any of them; nothing else in the package knows one base from another of its family.
 """
 
 from __future__ import annotations
@@ -111,14 +111,14 @@ class BaseSettings:
     prompt_phrases: tuple[tuple[str, ...], ...] = ()  # groups of what prompts may say, for the page
 
     @classmethod
-    def load(cls, folder: str | Path) -> BaseSettings:
-        """Settings of the base in `folder`; relative paths in its metalora.json start there.
+    def load(cls, folder: str | Path, defaults: BaseSettings | None = None) -> BaseSettings:
+        """Settings of the base in `folder`: `defaults` under its metalora.json; relative paths in that start there.
 
         Raises MetaLoraError for a file that is not JSON or names a setting that does not exist.
         """
         path = Path(folder) / SETTINGS_FILE
         if not path.is_file():
-            return cls()
+            return defaults or cls()
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -131,7 +131,7 @@ class BaseSettings:
             local = Path(folder) / str(values.get(key, ""))
             if values.get(key) and local.is_dir():
                 values[key] = str(local.resolve())
-        return overlay(cls(), values, str(path))
+        return overlay(defaults or cls(), values, str(path))
 
 
 def overlay(config: Any, values: Mapping[str, Any], where: str = "the settings") -> Any:

@@ -18,7 +18,6 @@ from .metadown import MetaDown
 if TYPE_CHECKING:
     from .plan import Learning
 
-FLUX = "black-forest-labs/FLUX.1-dev"  # the base whose configs are known without its files
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "insightface", "onnxruntime", "gradio")
 
 
@@ -27,21 +26,23 @@ def examine(base: str, meta_down: str | None, cards: Sequence[float] = ()) -> di
 
     For each of `cards`, GPU memory in GiB, what the plan would be.
     """
+    from .families import KNOWN, settings_of
+
     parts: dict[str, dict[str, Any]] = {}
     _look(parts, "base", lambda: _base(base))
     folder = parts["base"].get("folder")
     settings = BaseSettings()
     if folder:
-        _look(parts, "settings", lambda: {"says": BaseSettings.load(folder).name or "of FLUX.1-dev"})
+        _look(parts, "settings", lambda: {"says": settings_of(Path(folder)).name or "of its family"})
         if parts["settings"]["ok"]:
-            settings = BaseSettings.load(folder)
+            settings = settings_of(Path(folder))
     known = hub.meta_down_places(settings.name or base)
     plans: dict[str, dict[str, Any]] = {}
-    if folder or base == FLUX:
+    if folder or base in KNOWN:
         learning = "person" if known or meta_down else "plain"
-        _look(parts, "plan", lambda: _plan(folder, settings, learning, None))
+        _look(parts, "plan", lambda: _plan(base, folder, settings, learning, None))
         for size in cards:
-            _look(plans, f"a card of {size:g} GiB", lambda: _plan(folder, settings, learning, size))
+            _look(plans, f"a card of {size:g} GiB", lambda: _plan(base, folder, settings, learning, size))
     places = {domain: meta_down for domain in hub.domains_in(meta_down) or [""]} if meta_down else known
     for domain, place in places.items():
         _look(parts, f"Meta-Down {domain}".strip(), lambda: _meta_down(place, domain, folder))
@@ -79,16 +80,18 @@ def _base(name: str) -> dict[str, Any]:
     from .base import fingerprint
 
     folder = hub.base_folder(name, download=False)
-    return {"says": f"{name} in {folder}", "folder": str(folder), "fingerprint": fingerprint(folder)}
+    licence = hub.catalog().get(name, {}).get("licence")
+    return {"says": f"{name} in {folder}{f', under {licence}' if licence else ''}", "folder": str(folder), "fingerprint": fingerprint(folder)}
 
 
-def _plan(folder: str | None, settings: BaseSettings, learning: Learning, card: float | None) -> dict[str, Any]:
+def _plan(base: str, folder: str | None, settings: BaseSettings, learning: Learning, card: float | None) -> dict[str, Any]:
     """The plan for a card of `card` GiB, or for this machine."""
     import torch
 
     from . import plan
 
-    needs = plan.Model.of(Path(folder) if folder else None).needs(plan.Work.of(settings, learning))
+    model = plan.Model.of(Path(folder)) if folder else plan.Model.known(base)
+    needs = model.needs(plan.Work.of(settings, learning))
     if card is None:
         here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         choice = plan.choose(plan.card(here), plan.system_memory(), needs)
@@ -99,10 +102,11 @@ def _plan(folder: str | None, settings: BaseSettings, learning: Learning, card: 
 
 def _meta_down(place: str, domain: str, base: str | None) -> dict[str, Any]:
     from .base import fingerprint
+    from .families import settings_of
 
     found = MetaDown.load(hub.meta_down_folder(place, domain, download=False))
     if base:
-        found.check_base(BaseSettings.load(base).name or base, fingerprint(Path(base)))
+        found.check_base(settings_of(Path(base)).name or base, fingerprint(Path(base)))
     return {"says": f"{found.name} for {found.domain}, rank {found.adapter.meta_rank}, {found.sha256[:8]}{', with a start' if found.start else ''}", "sha256": found.sha256, "domain": found.domain}
 
 

@@ -217,8 +217,8 @@ class Bench:
         if method.degrade is None:
             return photos
         seen = [method.degrade.apply(photo, self.personalizer.pick(photo).box, self.seed + person.number) for photo in photos]
-        for number, photo in enumerate(seen):
-            save_png(photo, self.path(person, method).with_name(f"{person.file}-photo-{number}.png"))
+        for place, photo in enumerate(seen):
+            save_png(photo, self.path(person, method).with_name(f"{person.file}-photo-{place}.png"))
             try:
                 self.personalizer.pick(photo)
             except MetaLoraError as error:

@@ -1,4 +1,4 @@
-"""Rectified flow as FLUX is trained with it: pure functions, no model.
+"""Rectified flow as the base models are trained with it: pure functions, no model.
 
 A latent x and noise n are joined by the straight line (1 − σ)·x + σ·n; the model learns its velocity n − x. Noise levels
 follow diffusers' DreamBooth LoRA script: a logit-normal draw that indexes the 1000 *descending*, unshifted timesteps.
@@ -36,21 +36,3 @@ def interpolate(x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def target(x: Tensor, noise: Tensor) -> Tensor:
     """The velocity of that way, which the model is to predict."""
     return noise - x
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(batch, c, h, w) → (batch, h/2 · w/2, 4c): FLUX's tokens, each a 2×2 patch with its channels outermost."""
-    b, c, h, w = latents.shape
-    return latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`; height and width in latent pixels."""
-    b, _, d = tokens.shape
-    return tokens.reshape(b, height // 2, width // 2, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, height, width)
-
-
-def image_ids(height: int, width: int) -> Tensor:
-    """Positions of the tokens of an (height, width) latent for the rotary embedding."""
-    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()  # (tokens, 3)

@@ -86,7 +86,7 @@ def generate(
 
     Picture i of a prompt depends on its prompt and on seed + i alone, so it is the same in whatever company it is made.
     `on_step(done, all)` is called after each denoising step of all; raise Cancelled in it to stop.
-    Raises MetaLoraError for an empty prompt, a size that FLUX cannot do, or a setting out of range.
+    Raises MetaLoraError for an empty prompt, a size that the base cannot do, or a setting out of range.
     """
     width, height, steps, guidance = _resolve(base, config)
     filled = [fill(prompt, " and ".join(p.words for p in people if p.words)) for prompt in prompts]
@@ -107,7 +107,7 @@ def generate(
             return render(base, text, width, height, steps, guidance, seed, count_step)
 
     for prompt in filled:
-        text = base.encode_prompts([prompt])
+        text = base.encode_for_picture(prompt, guidance)
         for seed in range(config.seed, config.seed + config.count):
             image = base.persevere(partial(draw, text, seed, done), lambda: use_people(base, people))
             image.info.update(describe(base, prompt, people, seed, steps, guidance))
@@ -118,8 +118,7 @@ def generate(
 def render(base: Base, text: Any, width: int, height: int, steps: int, guidance: float, seed: int, callback: Any = None) -> Image.Image:
     """One picture of the transformer as it stands, whatever is attached to it."""
     return base.pipeline(
-        prompt_embeds=text.embeds,
-        pooled_prompt_embeds=text.pooled,
+        **base.family.arguments(text),
         width=width,
         height=height,
         num_inference_steps=steps,

@@ -33,7 +33,10 @@ META_DOWN_FILES = ["meta_down.safetensors", "start.safetensors", "config.json", 
 
 
 def catalog() -> dict[str, dict]:
-    """Rows of catalog.json: base name → {"path": folder of ours, "revision": commit on the Hub, "meta_down": {domain: place}}."""
+    """Rows of catalog.json: base name → {"path": folder of ours, "revision": commit on the Hub, "licence": its name there, "meta_down": {domain: place}}.
+
+    A row without a revision, as FLUX.2-klein-4B's, is not pinned: the newest commit is fetched. Pin it once it was tried.
+    """
     return json.loads(CATALOG.read_text(encoding="utf-8"))
 
 
@@ -65,7 +68,7 @@ def base_folder(name: str, download: bool = True, on_fetch: OnFetch | None = Non
     folder = (CATALOG.parent / place).resolve() if place else Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise MetaLoraError(f"The folder {folder} holds no diffusers pipeline (no model_index.json); give the folder of a FLUX pipeline.")
+            raise MetaLoraError(f"The folder {folder} holds no diffusers pipeline (no model_index.json); give the folder of a FLUX.1 or FLUX.2 klein pipeline.")
         return folder
     if place:
         raise MetaLoraError(f"The base {name} should lie in {folder}, but it is not there; get the project's files afresh.")

@@ -20,6 +20,7 @@ from . import licence
 from .adapter import Factors, collapse
 from .config import FORMAT_VERSION
 from .errors import MetaLoraError
+from .family import Family, Kohya
 from .files import load_tensors, save_tensors
 from .metadown import MetaDown
 
@@ -109,11 +110,12 @@ class Identity:
         downs = self.downs or meta_down.tensors
         return diffusers_names({n: collapse(mid, up, downs[n].float(), self.scale) for n, (mid, up) in self.factors.items()})
 
-    def export(self, path: str | Path, meta_down: MetaDown | None, format: ExportFormat = "diffusers") -> Path:
-        """Write the ordinary LoRA: "diffusers" names for diffusers and ComfyUI, "kohya" names for kohya and its followers."""
+    def export(self, path: str | Path, meta_down: MetaDown | None, family: Family, format: ExportFormat = "diffusers") -> Path:
+        """Write the ordinary LoRA for bases of that family: "diffusers" names for diffusers and ComfyUI, "kohya" names for kohya and its followers."""
         lora = self.to_lora(meta_down)
         if format == "kohya":
-            return save_tensors(path, kohya_names(lora), {"ss_network_module": "networks.lora_flux", "ss_network_dim": str(self.rank), **licence.header(self.base)})
+            about = {"ss_network_module": family.kohya.module, "ss_network_dim": str(self.rank)}
+            return save_tensors(path, kohya_names(lora, family.kohya), {**about, **licence.header(self.base)})
         if format != "diffusers":
             raise MetaLoraError(f"There is no export format {format}; choose diffusers or kohya.")
         return save_tensors(path, lora, {"format": "pt", **licence.header(self.base)})
@@ -138,7 +140,7 @@ class Identity:
 
 
 def diffusers_names(lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """(A, B) of each layer under the names that FluxPipeline.load_lora_weights reads."""
+    """(A, B) of each layer under the names that a pipeline's load_lora_weights reads."""
     named = {}
     for name, (a, b) in lora.items():
         named[f"transformer.{name}.lora_A.weight"] = a.contiguous()
@@ -146,31 +148,17 @@ def diffusers_names(lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]
     return named
 
 
-# Original FLUX fuses some of diffusers' layers into one: its name → theirs, in the order in which their outputs stand.
-_DOUBLE = {
-    "img_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
-    "txt_attn_qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-    "img_attn_proj": ["attn.to_out.0"],
-    "txt_attn_proj": ["attn.to_add_out"],
-    "img_mlp_0": ["ff.net.0.proj"],
-    "img_mlp_2": ["ff.net.2"],
-    "txt_mlp_0": ["ff_context.net.0.proj"],
-    "txt_mlp_2": ["ff_context.net.2"],
-}
-_SINGLE = {"linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"], "linear2": ["proj_out"]}
-
-
-def kohya_names(lora: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same LoRA under kohya's names. Fused layers become one of several times the rank, B block-diagonal: exact.
+def kohya_names(lora: dict[str, Tensor], kohya: Kohya) -> dict[str, Tensor]:
+    """The same LoRA under kohya's names. Layers that it fuses become one of several times the rank, B block-diagonal: exact.
 
     alpha is the rank, so that a program that multiplies by alpha / rank multiplies by one.
-    Raises MetaLoraError for a LoRA that adapts only some of the layers that FLUX fuses, or others than FLUX has.
+    Raises MetaLoraError for a LoRA that adapts only some of the layers that are fused, or others than are named.
     """
     left = dict(lora)
     blocks = sorted({tuple(key.split(".")[1:3]) for key in lora}, key=lambda block: (block[0], int(block[1])))
     named: dict[str, Tensor] = {}
     for kind, index in blocks:
-        fused, short = (_DOUBLE, "double") if kind == "transformer_blocks" else (_SINGLE, "single")
+        fused, short = (kohya.double, "double") if kind == "transformer_blocks" else (kohya.single, "single")
         for target, sources in fused.items():
             keys = [f"transformer.{kind}.{index}.{source}" for source in sources]
             if not any(f"{key}.lora_A.weight" in left for key in keys):

@@ -125,7 +125,7 @@ def model_card(meta_down: MetaDown) -> str:
     return f"""---
 {front_matter(m.base, m.licence)}
 base_model: {m.base}
-tags: [meta-lora, flux, personalization]
+tags: [meta-lora, personalization]
 ---
 
 # Meta-Down {m.name}

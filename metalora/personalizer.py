@@ -233,7 +233,7 @@ class Personalizer:
 
     def _preview(self, domain: str) -> stage2.Preview:
         settings = self.base.settings
-        text = self.base.encode_prompts([f"a photo of {settings.trigger} {domain}"])
+        text = self.base.encode_for_picture(f"a photo of {settings.trigger} {domain}", settings.guidance)
         size, steps = settings.train_resolution, min(settings.inference_steps, PREVIEW_STEPS)
 
         def preview() -> Image.Image:
@@ -275,7 +275,7 @@ class Personalizer:
     def export(self, identity: Identity, path: str | Path, format: ExportFormat = "diffusers") -> Path:
         """Write the person as an ordinary LoRA file that needs nothing of ours; "diffusers" or "kohya" names."""
         identity.check(self.base.name, self.base.fingerprint)
-        return identity.export(path, self._meta_down_of(identity), format)
+        return identity.export(path, self._meta_down_of(identity), self.base.family, format)
 
     def _meta_down_of(self, identity: Identity) -> MetaDown | None:
         return None if identity.is_plain else self.meta_down(identity.domain)

@@ -19,6 +19,8 @@ from torch import nn
 from .adapter import find_targets
 from .config import BaseSettings
 from .errors import MetaLoraError
+from .families import KNOWN, family_of
+from .family import Family
 
 GIB = 2**30
 RESERVE = 5 * GIB // 4  # bytes for the CUDA context, the libraries' work spaces and what the allocator cannot use
@@ -29,20 +31,8 @@ Precision = Literal["float32", "bf16", "fp8", "4-bit"]
 Learning = Literal["person", "plain", "stage 1"]  # Mid and Up; an ordinary LoRA; all three factors of many people
 PACKAGES = {"fp8": ("torchao", "0.18.0"), "4-bit": ("bitsandbytes", "0.50.2")}  # what a precision needs, and the version it was made with
 
-# Components of FLUX.1-dev where it is not on this machine: the defaults of diffusers' FluxTransformer2DModel and, as public in
-# their repositories on the Hub, the configs of its VAE, of openai/clip-vit-large-patch14 (text) and of google/t5-v1_1-xxl.
-FLUX_DEV: dict[str, dict[str, Any]] = {
-    "transformer": {"guidance_embeds": True},
-    "vae": {
-        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,
-        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-    },
-    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 49408},
-    "text_encoder_2": {
-        "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128, "feed_forward_proj": "gated-gelu",
-    },
-}  # fmt: skip
-COMPONENTS = tuple(FLUX_DEV)
+COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")  # all that a base of any family has
+KEEP_BITS = ("wo", "lm_head")  # linear layers that transformers does not quantise: of T5, which does not bear it, and the head of a language model
 
 
 @dataclass(frozen=True)
@@ -118,21 +108,25 @@ class Weights(NamedTuple):
 class Model:
     """A base's components by their configs alone, without weights."""
 
-    def __init__(self, configs: Mapping[str, Mapping[str, Any]]):
-        self.configs = configs
-        self.modules = _build(configs)
+    def __init__(self, family: Family, configs: Mapping[str, Mapping[str, Any]]):
+        self.family, self.configs = family, configs
+        self.modules = _build(family, configs)
         self.counts = {part: count(module) for part, module in self.modules.items()}
 
     @classmethod
-    def of(cls, folder: Path | None) -> Model:
-        """That of the pipeline in a folder; FLUX.1-dev where there is none."""
-        if folder is None:
-            return cls(FLUX_DEV)
-        return cls({part: json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in COMPONENTS})
+    def of(cls, folder: Path) -> Model:
+        """That of the pipeline in a folder."""
+        family = family_of(folder)
+        return cls(family, {part: json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in family.networks})
+
+    @classmethod
+    def known(cls, name: str) -> Model:
+        """That of a base of families.KNOWN, which need not be here."""
+        return cls(KNOWN[name], KNOWN[name].configs)
 
     def weights(self, component: str, precision: Precision) -> int:
-        """Bytes of a component in a plan of that precision. Only the transformer is ever in fp8, and T5 too in 4 bits."""
-        quantised = component == "transformer" or (component == "text_encoder_2" and precision == "4-bit")
+        """Bytes of a component in a plan of that precision. Only the transformer is ever in fp8, and the large text encoder too in 4 bits."""
+        quantised = component == "transformer" or (component == self.family.large_text_encoder and precision == "4-bit")
         return self.counts[component].size(precision if quantised or precision == "float32" else "bf16")
 
     @property
@@ -147,24 +141,21 @@ class Model:
     def step(self, work: Work, checkpointing: bool, number: int) -> int:
         """Bytes that a training step adds to the weights, `number` bytes each number.
 
-        With d the width and one token's vector as the unit, autograd keeps, of a frozen base in which only the small
-        factors learn:
-            single block   11   the input of its norm, q and k before and after their norms (4), v, the attention's output,
-                                and the input of the GELU (4)
-            double block   12   the same for both streams, and the input of the second norm
-        It keeps no input of a linear layer, for neither W nor Down has a gradient; of each layer it keeps Down·x (r_m) and
-        Mid·Down·x (r). Where Down learns too, layer inputs come to that: the norm's output, the GELU's (4) and one of
-        the attention, which lies in a concatenation: 6 more. While a block is gone through, forward or backward, at most
-        15 vectors live besides. With checkpointing every block keeps its input only (1), and the block at work all.
-        To that comes the adapter: weight, gradient and two moments in float32 of what learns, and Down.
+        With one token's vector of the transformer's width as the unit, the family says how many autograd keeps of a block,
+        where the base is frozen and only the small factors learn. It keeps no input of a linear layer, for neither W nor
+        Down has a gradient; of each layer it keeps Down·x (r_m) and Mid·Down·x (r). Where Down learns too, layer inputs come
+        to that. Other vectors live while a block is gone through, forward or backward. With checkpointing every block keeps
+        its input only (1), and the block at work all. To that comes the adapter: weight, gradient and two moments in float32
+        of what learns, and Down.
         """
-        config = self.modules["transformer"].config
+        config, vectors = self.modules["transformer"].config, self.family.vectors
         tokens = work.batch * (self.tokens(work.train_resolution) + work.text_tokens)
-        single, double = (17, 18) if work.learns_down else (11, 12)
+        more = vectors.learning if work.learns_down else 0
+        single, double = vectors.single + more, vectors.double + more
         blocks = config.num_single_layers + config.num_layers
         kept = blocks + double if checkpointing else single * config.num_single_layers + double * config.num_layers
         factors = (len(self._targets(work)) // blocks if checkpointing else len(self._targets(work))) * (work.rank + work.meta_rank)
-        return number * tokens * ((kept + 15) * self.width + factors) + self._adapter(work)
+        return number * tokens * ((kept + vectors.at_work) * self.width + factors) + self._adapter(work)
 
     def _targets(self, work: Work) -> dict[str, nn.Linear]:
         return find_targets(self.modules["transformer"], work.targets)
@@ -179,18 +170,15 @@ class Model:
         """Each piece of work: the components it needs, and the bytes it adds to their weights.
 
         Read off the networks: the first level of the VAE's encoder holds 5 maps of its width at once, the last of its decoder 3 of
-        the width of the level below; T5 holds its attention's bias and scores, and the three maps of a feed-forward.
-        A transformer without gradients holds 16 vectors a token.
+        the width of the level below.
         """
         number = 4 if plan.precision == "float32" else 2
         widths = self.modules["vae"].config.block_out_channels
-        t5 = self.modules["text_encoder_2"].config
-        prompts = max(1, TOKENS_AT_ONCE // work.text_tokens)
-        texts = max(3.0, 1.5 * prompts) * t5.num_heads * work.text_tokens**2 + 3 * TOKENS_AT_ONCE * t5.d_ff
+        texts = self.family.numbers_of_texts(self.modules, max(1, TOKENS_AT_ONCE // work.text_tokens), work.text_tokens)
         pixels = max(PIXELS_AT_ONCE, work.train_resolution**2)
-        forward = 16 * self.width * (self.tokens(work.resolution) + work.text_tokens)
+        forward = self.family.vectors.drawing * self.width * (self.tokens(work.resolution) + work.text_tokens)
         return {
-            "encoding texts": (("text_encoder", "text_encoder_2"), int(number * texts)),
+            "encoding texts": (self.family.text_encoders, int(number * texts)),
             "encoding photos": (("vae",), number * 5 * widths[0] * pixels),
             "learning": (("transformer",), self.step(work, plan.checkpointing, number)),
             "drawing": (("transformer", "vae"), number * max(forward, 3 * widths[1] * work.resolution**2)),
@@ -201,13 +189,13 @@ class Model:
         return {plan.name: self._needs(work, plan) for plan in (*PLANS, ON_CPU)}
 
     def _needs(self, work: Work, plan: Plan) -> Needs:
-        size = {part: self.weights(part, plan.precision) for part in COMPONENTS}
+        size = {part: self.weights(part, plan.precision) for part in self.counts}
         phases = {
-            name: sum(size[part] for part in {*plan.stays, *parts}) + more for name, (parts, more) in self.phases(work, plan).items()
+            name: sum(size[part] for part in size if part in plan.stays or part in parts) + more for name, (parts, more) in self.phases(work, plan).items()
         }  # fmt: skip
         if plan == ON_CPU:
             return Needs(0, max(phases.values()) + PYTHON, phases)
-        through = set(COMPONENTS) - ({"transformer"} if plan.precision == "4-bit" and plan.stays else set())  # 4-bit weights are made on the card
+        through = set(size) - ({"transformer"} if plan.precision == "4-bit" and plan.stays else set())  # 4-bit weights are made on the card
         return Needs(max(phases.values()) + RESERVE, sum(size[part] for part in through) + PYTHON, phases)
 
 
@@ -292,23 +280,24 @@ def _nothing_fits(needs: Sequence[Needs], gpu: int | None, system: int | None) -
 
 
 def count(module: nn.Module) -> Weights:
-    """The numbers of a component. `wo` of T5 is not quantised: transformers keeps it, as it does not bear few bits."""
-    linears = [m for name, m in module.named_modules() if isinstance(m, nn.Linear) and name.rpartition(".")[2] != "wo"]
+    """The numbers of a component."""
+    linears = [m for name, m in module.named_modules() if isinstance(m, nn.Linear) and name.rpartition(".")[2] not in KEEP_BITS]
     linear = sum(m.weight.numel() for m in linears)
     return Weights(linear, sum(m.out_features for m in linears), len(linears), sum(p.numel() for p in module.parameters()) - linear)
 
 
-def _build(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+def _build(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
+    import diffusers
+    import transformers
+
+    def build(name: str, config: Mapping[str, Any]) -> nn.Module:
+        if hasattr(diffusers, name):
+            return getattr(diffusers, name).from_config(dict(config))
+        network = getattr(transformers, name)
+        return network(network.config_class(**config))
 
     with torch.device("meta"):
-        return {
-            "transformer": FluxTransformer2DModel.from_config(dict(configs["transformer"])),
-            "vae": AutoencoderKL.from_config(dict(configs["vae"])),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
-            "text_encoder_2": T5EncoderModel(T5Config(**configs["text_encoder_2"])),
-        }
+        return {part: build(name, configs[part]) for part, name in family.networks.items()}
 
 
 def card(device: torch.device) -> int | None:

@@ -48,7 +48,7 @@ def identity_card(identity: Identity, repo: str) -> str:
     return f"""---
 {front_matter(i.base)}
 base_model: {i.base}
-tags: [meta-lora, flux, lora, personalization]
+tags: [meta-lora, lora, personalization]
 ---
 
 # {repo.partition("/")[2]}

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from .errors import MetaLoraError
+from .family import Family
 from .plan import PACKAGES, Precision
 
 
-def configs_for(precision: Precision, dtype: torch.dtype) -> dict[str, Any]:
-    """What each component is quantised by, computing in `dtype`; nothing for a precision that quantises nothing.
+def configs_for(precision: Precision, dtype: torch.dtype, family: Family) -> dict[str, Any]:
+    """What each component of such a base is quantised by, computing in `dtype`; nothing for a precision that quantises nothing.
 
     Raises MetaLoraError where the library is missing.
     """
@@ -23,7 +24,7 @@ def configs_for(precision: Precision, dtype: torch.dtype) -> dict[str, Any]:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError as error:
         raise MetaLoraError(f"{precision} weights need {package}; run `pip install {package}=={version}`, or choose another plan with --plan.") from error
-    return _fp8() if precision == "fp8" else _four_bit(dtype)
+    return _fp8() if precision == "fp8" else _four_bit(dtype, family.large_text_encoder)
 
 
 def _fp8() -> dict[str, Any]:
@@ -34,10 +35,10 @@ def _fp8() -> dict[str, Any]:
     return {"transformer": TorchAoConfig(Float8WeightOnlyConfig())}
 
 
-def _four_bit(dtype: torch.dtype) -> dict[str, Any]:
+def _four_bit(dtype: torch.dtype, text_encoder: str) -> dict[str, Any]:
     """NF4, the scales quantised too (QLoRA, arXiv 2305.14314)."""
     import diffusers
     import transformers
 
     wanted = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    return {"transformer": diffusers.BitsAndBytesConfig(**wanted), "text_encoder_2": transformers.BitsAndBytesConfig(**wanted)}
+    return {"transformer": diffusers.BitsAndBytesConfig(**wanted), text_encoder: transformers.BitsAndBytesConfig(**wanted)}

@@ -2,8 +2,8 @@
 
     python -m metalora.speed [--base flux-dev] [--script] [--json FILE]
 
-Speed and memory do not depend on what the weights say, so `flux-dev` is a transformer of FLUX.1-dev's size with random ones;
-any other base is opened as it is. All ways of training take turns in one process, on the same pictures, layers and draws.
+Speed and memory do not depend on what the weights say, so `flux-dev` and `klein-4b` are transformers of the size of FLUX.1-dev and
+FLUX.2-klein-4B with random ones; any other base is opened as it is. All ways of training take turns in one process, on the same pictures, layers and draws.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import flow, peer
+from . import peer
 from .adapter import attach, find_targets, random_downs, trainable
-from .base import Base, Text
+from .base import Base
 from .cache import TrainingSet
 from .config import DEFAULT_BASE, BaseSettings, FlowConfig
 from .doctor import machine
 from .errors import MetaLoraError
+from .families import KNOWN
+from .family import Family, Text
 from .generate import unload_people
-from .plan import FLUX_DEV, GIB, Choice, Model, Plan, Work
+from .plan import GIB, Choice, Model, Plan, Work
 from .train import draw_rows, fit, flow_loss, optimizer
 
-FULL_SIZE = "flux-dev"
+FULL_SIZE = {"flux-dev": KNOWN["black-forest-labs/FLUX.1-dev"], "klein-4b": KNOWN["black-forest-labs/FLUX.2-klein-4B"]}
 PEER_RANK = 16  # what people train today
 PICTURES = 8  # of the training set
 
@@ -52,26 +54,27 @@ class Case:
     batch: int = 1
 
 
-def random_flux(place: torch.device) -> Base:
-    """FLUX.1-dev's transformer and VAE in bfloat16 with diffusers' own random weights; texts are never encoded here.
+def random_base(name: str, family: Family, place: torch.device) -> Base:
+    """The transformer and VAE of the family's known base in bfloat16 with diffusers' own random weights; texts are never encoded here.
 
     Its weights are drawn as for training, never zeros: those make a GPU draw less power and run faster.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    import diffusers
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with place:
-            transformer = FluxTransformer2DModel.from_config(FLUX_DEV["transformer"]).eval().requires_grad_(False)
-            vae = AutoencoderKL.from_config(FLUX_DEV["vae"]).eval().requires_grad_(False)
+            parts = {part: getattr(diffusers, family.networks[part]).from_config(family.configs[part]) for part in ("transformer", "vae")}
     finally:
         torch.set_default_dtype(before)
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    pipeline = FluxPipeline(scheduler=scheduler, vae=vae, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, transformer=transformer)
+    parts = {part: network.eval().requires_grad_(False) for part, network in parts.items()}
+    absent = dict.fromkeys([*family.text_encoders, *(part.replace("text_encoder", "tokenizer") for part in family.text_encoders)])
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    pipeline = getattr(diffusers, family.pipeline)(scheduler=scheduler, **parts, **absent)
     plan = Plan("resident", "bf16", ("transformer", "vae"))
-    choice = Choice(plan, Model(FLUX_DEV).needs(Work.of(BaseSettings())), {})
-    return Base(pipeline, BaseSettings(), FULL_SIZE, "random", place, Path(), choice, plan)
+    choice = Choice(plan, Model(family, family.configs).needs(Work.of(BaseSettings())), {})
+    return Base(pipeline, family, BaseSettings(), name, "random", place, Path(), choice, plan)
 
 
 def random_pictures(base: Base, case: Case) -> TrainingSet:
@@ -84,8 +87,8 @@ def random_pictures(base: Base, case: Case) -> TrainingSet:
 
     return TrainingSet(
         mean=draw(PICTURES, side**2, config.in_channels), std=0.1 * draw(PICTURES, side**2, config.in_channels).abs(),
-        image_ids=flow.image_ids(2 * side, 2 * side).to(base.device, base.dtype),
-        text=Text(*(t.to(base.dtype) for t in (draw(1, case.text_tokens, config.joint_attention_dim), draw(1, config.pooled_projection_dim)))),
+        image_ids=base.family.image_ids(side, side).to(base.device),
+        text=Text(draw(1, *shape).to(base.dtype) for shape in base.family.text_shapes(base.transformer, case.text_tokens)),
         caption=torch.zeros(PICTURES, dtype=torch.int64, device=base.device), subject=torch.zeros(PICTURES, dtype=torch.int64, device=base.device),
     )  # fmt: skip
 
@@ -104,7 +107,7 @@ def meta_lora(base: Base, data: TrainingSet, case: Case, checkpointing: bool) ->
 
 @contextmanager
 def peft_lora(base: Base, data: TrainingSet, case: Case, checkpointing: bool) -> Iterator[Iterator[float]]:
-    """Ordinary LoRA training as diffusers' DreamBooth script for FLUX does it: PEFT's layers in float32 under autocast."""
+    """Ordinary LoRA training as diffusers' DreamBooth scripts do it: PEFT's layers in float32 under autocast."""
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
@@ -231,7 +234,7 @@ def _line(row: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(prog="python -m metalora.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=DEFAULT_BASE, help=f"{FULL_SIZE} (random weights), miniature, a Hub id or a folder (%(default)s)")
+    parser.add_argument("--base", default=DEFAULT_BASE, help=f"{' or '.join(FULL_SIZE)} (random weights), miniature, a Hub id or a folder (%(default)s)")
     parser.add_argument("--resolution", type=int, action="append", help="px, repeatable; the base's own when not given")
     parser.add_argument("--text", type=int, action="append", help="text tokens, repeatable; the base's own when not given")
     parser.add_argument("--batch", type=int, action="append", help="repeatable; 1 when not given")
@@ -243,19 +246,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
-    if given.script and given.base == FULL_SIZE:
+    if given.script and given.base in FULL_SIZE:
         sys.exit("diffusers' script reads its base from a folder; leave out --script, or choose another --base.")
     try:
         if given.script:
             peer.check()
-        base = random_flux(torch.device(given.device)) if given.base == FULL_SIZE else Base.open(given.base, given.device)
+        full_size = FULL_SIZE.get(given.base)
+        base = random_base(given.base, full_size, torch.device(given.device)) if full_size else Base.open(given.base, given.device)
     except MetaLoraError as error:
         sys.exit(str(error))
     if given.meta_rank:
         base.settings = replace(base.settings, adapter=replace(base.settings.adapter, meta_rank=given.meta_rank))
     s = base.settings
     cases = [Case(r, t, b) for r in given.resolution or [s.train_resolution] for t in given.text or [s.max_sequence_length] for b in given.batch or [1]]
-    with nullcontext() if given.base == FULL_SIZE else base.resident("transformer"):
+    with nullcontext() if given.base in FULL_SIZE else base.resident("transformer"):
         found = compare(base, cases, given.way or list(WAYS), given.warmup, given.steps, given.script)
     if given.json:
         given.json.write_text(json.dumps({**found, "machine": machine()}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The training loop of both stages: FLUX's own loss on cached latents, only the transformer in the step."""
+"""The training loop of both stages: the base model's own loss on cached latents, only the transformer in the step."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def flow_loss(base: Base, data: TrainingSet, rows: Tensor, generator: torch.Gene
     draws = torch.randn(shape, generator=generator), flow.sample_sigmas(len(rows), generator, config)
     whole = rows
     rows = share.of(rows)
-    spread, noise, sigma = (share.of(t).to(data.mean.device) for t in (*draws[0], draws[1]))  # two (batch, tokens, 64), one (batch,)
+    spread, noise, sigma = (share.of(t).to(data.mean.device) for t in (*draws[0], draws[1]))  # two (batch, tokens, channels), one (batch,)
     x = data.mean[rows] + data.std[rows] * spread
     noisy = flow.interpolate(x, noise, sigma).to(base.dtype)
     predicted = base.velocity(noisy, sigma, data.text.rows(data.caption[rows]), data.image_ids, base.settings.train_guidance)

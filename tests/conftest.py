@@ -1,4 +1,4 @@
-"""Fixtures that all tests share: a tiny FLUX pipeline with random weights, built once, and what hangs on it."""
+"""Fixtures that all tests share: a tiny pipeline of each family with random weights, built once, and what hangs on it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,28 @@ from metalora.config import AdaptConfig, AdapterConfig
 from metalora.metadown import MetaDown
 from metalora.miniature.pipeline import MiniatureConfig, build_pipeline, save_pipeline, write_settings
 
-from .parts import build_pack, build_small_clip
+from .parts import build_klein, build_pack, build_small_clip
 
 WORDS = "a photo of sks woman man smiling in the green park red cap".split()
 TINY = MiniatureConfig(size=32, vae_widths=(8, 8, 8, 8), heads=2, double_blocks=1, single_blocks=2, t5_width=32, t5_layers=1, clip_width=32, clip_layers=1, clip_heads=2)
 
 
+FAMILIES = {"flux": (build_pipeline, 1.0), "flux2": (build_klein, 2.0)}  # with its guidance
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test that needs a base runs with a base of every family, but for those marked `one_family`."""
+    if "tiny_base" in metafunc.fixturenames:
+        families = list(FAMILIES)[: 1 if metafunc.definition.get_closest_marker("one_family") else None]
+        metafunc.parametrize("tiny_base", families, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a base model with random weights: 32 px, 4 image tokens; beside it a face pack and a CLIP."""
+    build, guidance = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp("base") / "tiny"
-    pipeline = build_pipeline(TINY, WORDS, seed=1)
+    pipeline = build(TINY, WORDS, seed=1)
     torch.manual_seed(1)
     # diffusers starts the modulation and output layers such that much of the network is silent; give all of it a voice.
     for p in pipeline.transformer.parameters():
@@ -37,7 +48,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_pipeline(pipeline, folder)
     build_pack(folder.parent / "face")
     build_small_clip(folder.parent / "clip", TINY, WORDS)
-    write_settings(folder, TINY, "sks", name="tiny", adapter={"rank": 1, "meta_rank": 4, "scale": 0.75}, inference_steps=3,
+    write_settings(folder, TINY, "sks", name="tiny", adapter={"rank": 1, "meta_rank": 4, "scale": 0.75}, inference_steps=3, guidance=guidance,
                    meta={"rounds": 3, "bucket_size": 2, "bucket_steps": 8, "warmup_steps": 3})
     return folder
 

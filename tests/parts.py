@@ -1,4 +1,4 @@
-"""Small real parts for tests: a face pack that needs no training, a CLIP of random weights, pictures and datasets that fit.
+"""Small real parts for tests: a face pack that needs no training, a CLIP and a FLUX.2 of random weights, pictures and datasets that fit.
 
 A "face" here is a saturated square with grey round it, and who it is is its colour. The networks are written by hand, but
 they are ONNX files with the shapes of any other pack, so all that lies between, InsightFace included, is the real thing.
@@ -11,12 +11,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from PIL import Image, ImageDraw
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
+from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from metalora.miniature.clip import build_clip, build_processor
 from metalora.miniature.facepack import DETECTOR_FILE, RECOGNISER_FILE, export_onnx
-from metalora.miniature.pipeline import MiniatureConfig, clip_tokenizer
+from metalora.miniature.pipeline import MiniatureConfig, byte_pair_merges, clip_tokenizer
 
 SIDE = 16  # px of a face, in pictures of the detector's size
 COLOURS = {"ann": (255, 0, 0), "bea": (0, 255, 0), "cleo": (0, 0, 255), "max": (255, 255, 0), "ned": (255, 0, 255)}
@@ -70,6 +73,46 @@ def build_small_clip(folder: Path, config: MiniatureConfig, words: list[str]) ->
     return folder
 
 
+CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def qwen_tokenizer(words: list[str]) -> Qwen2TokenizerFast:
+    """Qwen's byte-pair tokenizer, trained on the words: each is one token, with a space before it and without; bytes spell the rest."""
+    merges = byte_pair_merges([form for word in [*words, "user", "assistant"] for form in (word, f"\u0120{word}")], end="")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(first + second for first, second in merges)]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    return Qwen2TokenizerFast(vocab=vocabulary, merges=merges, additional_special_tokens=special[1:], chat_template=CHAT)
+
+
+def build_klein(config: MiniatureConfig, words: list[str], seed: int) -> Flux2KleinPipeline:
+    """A Flux2KleinPipeline of random weights, of the sizes of a FLUX.1 miniature. It is not distilled, so guidance is a second pass.
+
+    Its Qwen3 has 28 layers, for the pipeline reads the 9th, 18th and 27th.
+    """
+    tokenizer = qwen_tokenizer(words)
+    width = 16
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = Qwen3ForCausalLM(Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=28, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, initializer_range=0.3,
+        ))  # fmt: skip
+        vae = AutoencoderKLFlux2(
+            block_out_channels=config.vae_widths, layers_per_block=config.vae_layers_per_block, latent_channels=config.latent_channels,
+            norm_num_groups=config.vae_groups, sample_size=config.size,
+        )  # fmt: skip
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2.0)
+        transformer = Flux2Transformer2DModel(
+            in_channels=4 * config.latent_channels, num_layers=config.double_blocks, num_single_layers=config.single_blocks,
+            attention_head_dim=config.head_width, num_attention_heads=config.heads, joint_attention_dim=3 * width,
+            axes_dims_rope=(8, 8, 8, 8), guidance_embeds=False,
+        )  # fmt: skip
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), vae=vae.eval(),
+        text_encoder=text_encoder.eval(), tokenizer=tokenizer, transformer=transformer.eval(), is_distilled=False,
+    )  # fmt: skip
 def build_small_dino(folder: Path) -> Path:
     """A DINOv2 of random weights, with its image processor."""
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model

@@ -28,6 +28,7 @@ from metalora.studio import StopFlag
 from .conftest import make_meta_down
 from .parts import COLOURS, GREY, portrait
 
+pytestmark = pytest.mark.one_family
 ROOT = Path(__file__).parents[1]
 STEPS = 5
 LONG = 2000  # steps that no test waits for

@@ -86,6 +86,7 @@ def test_adapt_writes_an_identity_and_says_how_it_went(call, people, me, tmp_pat
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["me.safetensors"]
 
 
+@pytest.mark.one_family
 def test_held_out_photos_are_scored_with_and_not_learnt_from(call, people, me):
     held_out = [people / "ann-1.png", people / "ann-2.png"]
     code, out, _ = call("adapt", "--held-out", *held_out, "--domain", "woman", people / "ann-0.png", "-o", "me.safetensors", "--steps", 5, "--json")
@@ -123,6 +124,7 @@ def test_pictures_are_scored_against_photos(call, people):
     assert code == 0 and all(name in out for name in ("R-FaceSim", "similarity to the photo learnt from", "copying", "CLIP-T", "CLIP-I"))
 
 
+@pytest.mark.one_family
 def test_methods_are_compared(call, people):
     folder = write_people(Path("women"), {"ann": "woman", "bea": "woman"})
     code, out, err = call("evaluate", folder, "--method", "base", "meta-lora", "--steps", 2, "--output", "out", "--limit", 1, "--json")
@@ -144,6 +146,7 @@ def test_a_meta_down_is_trained_and_used(call, people):
     assert code == 2 and "holds a Meta-Down already" in err
 
 
+@pytest.mark.one_family
 def test_a_stopped_meta_training_goes_on_from_its_checkpoint(call, people, monkeypatch):
     train = ["meta-train", people, "--domain", "woman", "--name", "mine", "--json"]
     whole = json.loads(call(*train, "--output", "whole")[1])
@@ -161,6 +164,7 @@ def test_a_stopped_meta_training_goes_on_from_its_checkpoint(call, people, monke
     assert shown == [*range(1, 14), *range(9, 25)]
 
 
+@pytest.mark.one_family
 def test_a_meta_training_is_logged_for_tensorboard(call, people):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -182,6 +186,7 @@ def test_the_doctor_names_what_is_there_and_what_is_not(call, tiny_base):
     assert not found["ready"] and "no folder /nowhere" in found["parts"]["base"]["says"]
 
 
+@pytest.mark.one_family
 def test_the_doctor_says_what_fits_which_card(call):
     sizes = {80: "resident", 48: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit-checkpointing", 10: "offload"}
     ask = ["doctor", "--base", "black-forest-labs/FLUX.1-dev", "--meta-down", "nowhere", "--memory", *sizes, 6]
@@ -192,6 +197,8 @@ def test_the_doctor_says_what_fits_which_card(call):
     assert "ok       a card of 24 GiB: fp8: fp8 weights" in out and "not lean needs 33." in out
     assert "MISSING  a card of 6 GiB: This base needs 8." in out and "close other programs" in out
     assert json.loads(call("doctor", "--json")[1])["parts"]["plan"]["plan"] == "cpu"
+    klein = json.loads(call("doctor", "--base", "black-forest-labs/FLUX.2-klein-4B", "--meta-down", "nowhere", "--memory", 24, 16, "--json")[1])["cards"]
+    assert [card["plan"] for card in klein.values()] == ["resident", "fp8"]
 
 
 def test_a_plan_may_be_named(call, people):
@@ -212,6 +219,7 @@ def refused(call, *arguments) -> str:
     return err
 
 
+@pytest.mark.one_family
 def test_what_cannot_be_done_is_one_sentence_and_exit_two(call, people, me):
     Image.new("RGB", (64, 64), GREY).save("empty.png")
     two = portrait(COLOURS["ann"], (8, 8), 64)
@@ -293,6 +301,7 @@ def test_help_comes_at_once():
     assert loaded.stdout.strip() == "False"
 
 
+@pytest.mark.one_family
 def test_a_stop_is_exit_130_and_leaves_nothing(tiny_base, meta_downs, people, tmp_path):
     arguments = ["adapt", str(people / "ann-0.png"), "--domain", "woman", "--output", "me.safetensors", "--steps", "1000000"]
     run = subprocess.Popen([sys.executable, "-m", "metalora", *arguments], cwd=tmp_path, env=environment(tiny_base, meta_downs), stderr=subprocess.PIPE, text=True,
@@ -303,6 +312,7 @@ def test_a_stop_is_exit_130_and_leaves_nothing(tiny_base, meta_downs, people, tm
     assert run.returncode == 130 and "Stopped" in err and "Traceback" not in err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.one_family
 def test_publishing_puts_the_folder_on_the_hub(tiny_base, meta_downs, tmp_path):
     server = HubServer({})
     (tmp_path / "private.txt").write_text("not for the Hub")

@@ -9,8 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "metalora"
 FLOORS = [
     {"errors"},
     {"config", "licence"},
-    {"flow", "adapter", "fold", "files", "photo", "face", "clip"},
-    {"data", "metadown", "prompts", "degrade", "processes", "dino"},
+    {"flow", "family", "adapter", "fold", "files", "photo", "face", "clip"},
+    {"flux", "flux2", "data", "metadown", "prompts", "degrade", "processes", "dino"},
+    {"families"},
     {"identity", "hub", "plan"},
     {"quantise", "publish"},
     {"base"},

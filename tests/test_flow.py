@@ -1,28 +1,13 @@
-"""Rectified flow against diffusers' own scheduler and packing."""
+"""Rectified flow against diffusers' own scheduler."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from metalora import flow
 from metalora.config import FlowConfig
-
-HALVES = st.integers(1, 5).map(lambda n: 2 * n)
-
-
-@settings(max_examples=20, deadline=None)
-@given(b=st.integers(1, 3), c=st.integers(1, 4), h=HALVES, w=HALVES)
-def test_packing_is_that_of_diffusers_and_has_an_inverse(b, c, h, w):
-    x = torch.randn(b, c, h, w)
-    tokens = flow.pack(x)
-    assert torch.equal(tokens, FluxPipeline._pack_latents(x, b, c, h, w))
-    assert torch.equal(flow.unpack(tokens, h, w), x)
-    assert torch.equal(flow.image_ids(h, w), FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", torch.float32))
-
 
 def test_noise_levels_are_those_of_an_unshifted_scheduler():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)

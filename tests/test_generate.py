@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
 from PIL import Image
 
 from metalora import Cancelled, Identity, MetaLoraError, Personalizer
@@ -50,10 +49,10 @@ def test_a_collapsed_person_looks_like_the_factored_one_in_a_plain_pipeline(base
     with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter:
         adapter.load_factors(identity.factors)
         factored = pixels(render(base, text, 32, 32, 3, 1.0, 0))
-    plain = FluxPipeline.from_pretrained(tiny_base, dtype=torch.float32)
+    plain = type(base.pipeline).from_pretrained(tiny_base, dtype=torch.float32)
     plain.set_progress_bar_config(disable=True)
-    plain.load_lora_weights(str(identity.export(tmp_path / "lora.safetensors", meta_down)))
-    image = plain("a photo of sks woman", height=32, width=32, num_inference_steps=3, guidance_scale=1.0, max_sequence_length=32,
+    plain.load_lora_weights(str(identity.export(tmp_path / "lora.safetensors", meta_down, base.family)))
+    image = plain(prompt="a photo of sks woman", height=32, width=32, num_inference_steps=3, guidance_scale=1.0, max_sequence_length=32,
                   generator=torch.Generator().manual_seed(0)).images[0]  # fmt: skip
     assert abs(pixels(image) - factored).max() <= 2
     assert abs(alone - factored).max() > 2
@@ -147,13 +146,13 @@ def test_the_png_says_what_made_it(bare, meta_down, tmp_path):
 # ---- base
 
 
-def test_opening_what_is_no_flux_pipeline_is_a_sentence(tiny_base, tmp_path):
+def test_opening_a_pipeline_of_no_known_family_is_a_sentence(tiny_base, tmp_path):
     with pytest.raises(MetaLoraError, match="no diffusers pipeline"):
         Base.open(str(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    with pytest.raises(MetaLoraError, match="StableDiffusionPipeline; only FLUX"):
+    with pytest.raises(MetaLoraError, match="StableDiffusionPipeline; only FluxPipeline and Flux2KleinPipeline are"):
         Base.open(str(tmp_path))
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}')
+    (tmp_path / "model_index.json").write_text((tiny_base / "model_index.json").read_text())
     with pytest.raises(MetaLoraError, match="cannot be read"):
         Base.open(str(tmp_path))
 
@@ -218,10 +217,10 @@ def test_without_a_meta_down_a_person_is_an_ordinary_lora(bare, config, snapshot
     identity = Identity.load(identity.save(tmp_path / "cat.safetensors"))
     shown = pixels(personalizer.generate(identity, "a photo of {person}")[0])
     assert (shown != pixels(personalizer.generate(None, "a photo of sks cat")[0])).any()
-    alone = FluxPipeline.from_pretrained(tiny_base, dtype=torch.float32)
+    alone = type(bare.pipeline).from_pretrained(tiny_base, dtype=torch.float32)
     alone.load_lora_weights(str(personalizer.export(identity, tmp_path / "lora.safetensors")))
     s = personalizer.base.settings
-    there = alone("a photo of sks cat", width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
+    there = alone(prompt="a photo of sks cat", width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
                   max_sequence_length=s.max_sequence_length, generator=torch.Generator().manual_seed(0)).images[0]  # fmt: skip
     assert abs(shown - pixels(there)).max() <= 2
 

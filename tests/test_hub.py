@@ -19,6 +19,8 @@ from metalora.progress import Line
 
 from .hub_server import SHA, HubServer
 
+pytestmark = pytest.mark.one_family
+
 # One process, for the client reads its environment when it is imported: names → folder's files, or the sentence.
 SCRIPT = """
 import json, sys

@@ -6,7 +6,6 @@ import errno
 import json
 import pickle
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -177,7 +176,7 @@ def test_a_meta_down_folder_comes_back_exactly(meta_down, tmp_path):
 def test_kohya_names_hold_the_same_weights(base, rank):
     meta_down = make_meta_down(base, AdapterConfig(rank, 4, 0.75))
     lora = make(base, meta_down).to_lora(meta_down)
-    kohya = kohya_names(lora)
+    kohya = kohya_names(lora, base.family.kohya)
 
     def delta(prefix):
         assert float(kohya[f"{prefix}.alpha"]) == len(kohya[f"{prefix}.lora_down.weight"])
@@ -186,10 +185,10 @@ def test_kohya_names_hold_the_same_weights(base, rank):
     def parts(block, *names):
         return torch.cat([lora[f"transformer.{block}.{n}.lora_B.weight"] @ lora[f"transformer.{block}.{n}.lora_A.weight"] for n in names])
 
-    qkv = ("attn.to_q", "attn.to_k", "attn.to_v")
-    torch.testing.assert_close(delta("lora_unet_double_blocks_0_img_attn_qkv"), parts("transformer_blocks.0", *qkv))
-    torch.testing.assert_close(delta("lora_unet_single_blocks_1_linear1"), parts("single_transformer_blocks.1", *qkv, "proj_mlp"))
-    torch.testing.assert_close(delta("lora_unet_single_blocks_1_linear2"), parts("single_transformer_blocks.1", "proj_out"))
+    for target, sources in base.family.kohya.double.items():
+        torch.testing.assert_close(delta(f"lora_unet_double_blocks_0_{target}"), parts("transformer_blocks.0", *sources))
+    for target, sources in base.family.kohya.single.items():
+        torch.testing.assert_close(delta(f"lora_unet_single_blocks_1_{target}"), parts("single_transformer_blocks.1", *sources))
     assert len(kohya) == 3 * (8 + 2 * 2)
 
 
@@ -197,8 +196,8 @@ def test_kohya_refuses_what_it_cannot_name(base, meta_down, person):
     lora = person.to_lora(meta_down)
     fewer = {k: v for k, v in lora.items() if "to_q" not in k}
     with pytest.raises(MetaLoraError, match="q, k and v"):
-        kohya_names(fewer)
+        kohya_names(fewer, base.family.kohya)
     with pytest.raises(MetaLoraError, match="no name"):
-        kohya_names({**lora, "transformer.transformer_blocks.0.else.lora_A.weight": torch.zeros(1, 2)})
+        kohya_names({**lora, "transformer.transformer_blocks.0.else.lora_A.weight": torch.zeros(1, 2)}, base.family.kohya)
     with pytest.raises(MetaLoraError, match="no export format"):
-        person.export("x.safetensors", meta_down, "bin")
+        person.export("x.safetensors", meta_down, base.family, "bin")

@@ -10,22 +10,27 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import Flux2KleinPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from metalora import MetaLoraError, adapter, plan
 from metalora.adapt import adapt, adapt_plain
 from metalora.adapter import attach, find_targets
 from metalora.base import Base, _load_pipeline
 from metalora.config import AdapterConfig, BaseSettings
+from metalora.families import KNOWN
+from metalora.family import Text
 from metalora.generate import GenerateConfig, Person, generate, unload_people
-from metalora.plan import FLUX_DEV, GIB, PLANS, Model, Work, choose
+from metalora.plan import GIB, PLANS, Model, Work, choose
 from metalora.quantise import configs_for
 
 from .conftest import run
+from .parts import qwen_tokenizer
 
 BY_NAME = {p.name: p for p in PLANS}
 
@@ -55,17 +60,19 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.fixture(scope="module")
-def flux() -> Model:
-    return Model(FLUX_DEV)
+@pytest.fixture(scope="module", params=KNOWN, ids=lambda name: name.rpartition("/")[2])
+def known(request) -> Model:
+    """Each full-size model whose configs stand in the code."""
+    return Model.known(request.param)
 
 
 @pytest.fixture(scope="module")
-def needs(flux) -> dict[str, dict[str, plan.Needs]]:
-    """What FLUX.1-dev needs for each kind of learning."""
-    return {kind: flux.needs(work) for kind, work in WORK.items()}
+def needs(known) -> dict[str, dict[str, plan.Needs]]:
+    """What it needs for each kind of learning."""
+    return {kind: known.needs(work) for kind, work in WORK.items()}
 
 
+FLUX_DEV, KLEIN_4B = KNOWN  # the names
 WORK = {kind: Work.of(BaseSettings(), kind) for kind in ("person", "plain", "stage 1")}
 
 
@@ -73,7 +80,7 @@ def on_gpu(base: Base, name: str) -> Base:
     """The tiny base as if a card had it under that plan; only that its card is the CPU."""
     model = Model.of(base.folder)
     chosen = choose(0, None, model.needs(Work.of(base.settings)), name)
-    carded = replace(base, pipeline=_load_pipeline(base.folder, chosen.plan), choice=chosen, plan=chosen.plan, _at_work=Counter())
+    carded = replace(base, pipeline=_load_pipeline(base.folder, base.family, chosen.plan), choice=chosen, plan=chosen.plan, _at_work=Counter())
     carded._settle()
     return carded
 
@@ -81,26 +88,30 @@ def on_gpu(base: Base, name: str) -> Base:
 # ---- bytes
 
 
-def test_flux_dev_has_the_parameters_that_its_makers_name(flux):
-    """11.9 and 4.76 billion."""
-    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in flux.modules.items()}
-    assert parameters["transformer"] == 11_901_408_320 and parameters["text_encoder_2"] == 4_762_310_656
-    assert all(p.is_meta for module in flux.modules.values() for p in module.parameters())
-    assert flux.tokens(1024) == 4096 and flux.width == 3072
+# Transformer and large text encoder. The latter two, and the roundings 12 and 4 billion of the former, are their makers' own figures.
+PARAMETERS = {FLUX_DEV: (11_901_408_320, 4_762_310_656), KLEIN_4B: (3_875_544_576, 4_022_468_096)}
+
+
+def test_full_size_models_have_the_parameters_that_their_makers_name(known):
+    parameters = [sum(p.numel() for p in known.modules[part].parameters()) for part in ("transformer", known.family.large_text_encoder)]
+    assert tuple(parameters) == PARAMETERS[known.family.known]
+    assert all(p.is_meta for module in known.modules.values() for p in module.parameters())
+    assert known.tokens(1024) == 4096 and known.width == 3072
 
 
 def test_predicted_weights_are_those_that_are_loaded(base):
     model = Model.of(base.folder)
-    for part in plan.COMPONENTS:
+    for part in base.family.networks:
         loaded = sum(p.numel() * p.element_size() for p in getattr(base.pipeline, part).parameters())
         assert model.weights(part, "float32") == loaded == 2 * model.weights(part, "bf16")
 
 
-def test_fewer_bits_take_fewer_bytes(flux):
-    sizes = [flux.weights("transformer", precision) for precision in ("float32", "bf16", "fp8", "4-bit")]
+def test_fewer_bits_take_fewer_bytes(known):
+    sizes = [known.weights("transformer", precision) for precision in ("float32", "bf16", "fp8", "4-bit")]
     assert sizes == sorted(sizes, reverse=True) and 0.5 < sizes[2] / sizes[1] < 0.51 and 0.25 < sizes[3] / sizes[1] < 0.26
-    assert flux.weights("vae", "4-bit") == flux.weights("vae", "bf16") == flux.weights("vae", "fp8")
-    assert flux.weights("text_encoder_2", "4-bit") < flux.weights("text_encoder_2", "fp8") == flux.weights("text_encoder_2", "bf16")
+    assert known.weights("vae", "4-bit") == known.weights("vae", "bf16") == known.weights("vae", "fp8")
+    text = known.family.large_text_encoder
+    assert known.weights(text, "4-bit") < known.weights(text, "fp8") == known.weights(text, "bf16")
 
 
 def test_predicted_fp8_weights_are_those_that_torchao_makes(base):
@@ -138,32 +149,31 @@ def the_step(model: Model, transformer: nn.Module, work: Work, device: str, dtyp
     """Bytes at most in a training step with zeros; those predicted without the adapter; those of its gradients, which come while the rest goes."""
     shape = AdapterConfig(work.rank, work.meta_rank)
     downs = {n: torch.zeros(work.meta_rank, layer.in_features, device=device) for n, layer in find_targets(transformer, work.targets).items()}
-    c, b, side = transformer.config, work.batch, work.train_resolution // 16
+    b, side = work.batch, work.train_resolution // 16
     zeros = partial(torch.zeros, device=device, dtype=dtype)
-    given = dict(
-        hidden_states=zeros(b, side**2, c.in_channels), timestep=zeros(b), guidance=zeros(b), encoder_hidden_states=zeros(b, work.text_tokens, c.joint_attention_dim),
-        pooled_projections=zeros(b, c.pooled_projection_dim), txt_ids=zeros(work.text_tokens, 3), img_ids=zeros(side**2, 3), return_dict=False,
-    )  # fmt: skip
+    text = Text(zeros(b, *shape) for shape in model.family.text_shapes(transformer, work.text_tokens))
+    given = zeros(b, side**2, transformer.config.in_channels), zeros(b), text, model.family.image_ids(side, side).to(device), 1.0
     with attach(transformer, downs, shape) as heads:
         heads.train_down(work.learns_down)
         with Peak() as watched:
-            transformer(**given)[0].float().square().mean().backward()
+            model.family.velocity(transformer, *given).float().square().mean().backward()
         gradients = sum(4 * p.numel() for p in adapter.trainable(heads))
     return watched.most, model.step(work, checkpointing, dtype.itemsize) - model._adapter(work), gradients
 
 
 @pytest.mark.parametrize("learns_down", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_training_step_of_flux_dev_takes_what_is_predicted(monkeypatch, learns_down, checkpointing):
+def test_a_training_step_of_full_size_takes_what_is_predicted(known, monkeypatch, learns_down, checkpointing):
     """With its real widths and lengths and a fifth of its blocks on the meta device, through the kernels that a card would choose."""
-    flux = Model({**FLUX_DEV, "transformer": {"guidance_embeds": True, "num_layers": 4, "num_single_layers": 8}})
+    fewer = {"num_layers": 4, "num_single_layers": 8}
+    full = Model(known.family, {**known.configs, "transformer": {**known.configs["transformer"], **fewer}})
     flash = lambda query, key, value, **more: torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]  # noqa: E731
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight=None, eps=None: CardsNorm.apply(x, weight))
     monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
-    transformer = flux.modules["transformer"].to(torch.bfloat16)
+    transformer = full.modules["transformer"].to(torch.bfloat16)
     getattr(transformer, f"{'en' if checkpointing else 'dis'}able_gradient_checkpointing")()
     work = replace(WORK["person"], learns_down=learns_down)
-    measured, predicted, gradients = the_step(flux, transformer, work, "meta", torch.bfloat16, checkpointing)
+    measured, predicted, gradients = the_step(full, transformer, work, "meta", torch.bfloat16, checkpointing)
     assert 0.88 * predicted < measured < 1.05 * predicted + gradients  # rather too much than too little
 
 
@@ -171,11 +181,20 @@ def test_a_training_step_of_flux_dev_takes_what_is_predicted(monkeypatch, learns
 def test_a_training_step_of_any_shape_takes_what_is_predicted(base, double, single, tokens, batch):
     """Computed, not only watched: on the CPU, where layer inputs are kept whatever learns."""
     config = {**base.transformer.config, "num_layers": double, "num_single_layers": single, "num_attention_heads": 8}
-    model = Model({**Model.of(base.folder).configs, "transformer": config})
+    model = Model(base.family, {**Model.of(base.folder).configs, "transformer": config})
     transformer = type(base.transformer).from_config(config)
     work = Work(512, 512, tokens, batch, 1, 1, 4, True, WORK["person"].targets)
     measured, predicted, gradients = the_step(model, transformer, work, "cpu", torch.float32, False)
     assert 0.9 * predicted < measured < 1.1 * predicted + gradients
+
+
+def test_encoding_texts_with_qwen_takes_what_is_predicted():
+    """With more words than anything else holds, as at full size."""
+    shape = dict(vocab_size=4000, hidden_size=64, intermediate_size=256, num_hidden_layers=28, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    qwen = Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+    with torch.no_grad(), Peak() as watched:
+        Flux2KleinPipeline._get_qwen3_prompt_embeds(qwen, qwen_tokenizer(["park"]), ["a park"] * 3, max_sequence_length=64)
+    assert 0.95 * watched.most < 4 * KNOWN[KLEIN_4B].numbers_of_texts({"text_encoder": qwen}, 3, 64) < 1.05 * watched.most
 
 
 def test_without_the_input_the_gradients_are_the_same():
@@ -209,21 +228,28 @@ def test_a_larger_card_never_gets_a_slower_plan_and_none_is_overfilled(needs, ki
     assert chosen[1] <= chosen[0]
 
 
-@pytest.mark.parametrize("card,name", {80: "resident", 48: "resident", 40: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit-checkpointing", 10: "offload"}.items())
-def test_cards_of_every_size(needs, card, name):
-    choice = choose(card * GIB, None, needs["person"])
-    assert choice.plan == BY_NAME[name] and choice.says.startswith(f"{name}: ")
-    for passed, reason in choice.passed_over.items():
-        assert reason.startswith(f"{passed} needs ") and reason.endswith(f"{card}.0 GiB are there.")
+CARDS = {  # GiB → the plan for it
+    FLUX_DEV: {80: "resident", 48: "resident", 40: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit-checkpointing", 10: "offload"},
+    KLEIN_4B: {24: "resident", 16: "fp8", 12: "4-bit", 8: "4-bit", 6: "offload"},
+}
 
 
-def test_a_card_too_small_a_machine_too_small_and_a_cpu(needs):
-    with pytest.raises(MetaLoraError, match=r"needs 8\.\d GiB of free memory on the card at the least, and 6\.0 GiB are free; close other programs"):
-        choose(6 * GIB, None, needs["person"])
+def test_cards_of_every_size(known, needs):
+    for card, name in CARDS[known.family.known].items():
+        choice = choose(card * GIB, None, needs["person"])
+        assert choice.plan == BY_NAME[name] and choice.says.startswith(f"{name}: ")
+        for passed, reason in choice.passed_over.items():
+            assert reason.startswith(f"{passed} needs ") and reason.endswith(f"{card}.0 GiB are there.")
+
+
+def test_a_card_too_small_a_machine_too_small_and_a_cpu(known, needs):
+    card, least, machine = {FLUX_DEV: (6, 8, 32), KLEIN_4B: (4, 5, 16)}[known.family.known]
+    with pytest.raises(MetaLoraError, match=rf"needs {least}\.\d GiB of free memory on the card at the least, and {card}\.0 GiB are free; close other programs"):
+        choose(card * GIB, None, needs["person"])
     with pytest.raises(MetaLoraError, match="and this machine has 16.0 GiB; use --base miniature"):
         choose(None, 16 * GIB, needs["person"])
     assert choose(None, 128 * GIB, needs["person"]).plan == plan.ON_CPU
-    assert choose(80 * GIB, 32 * GIB, needs["person"]).plan.name == "fp8"  # for bf16 weights come through system memory
+    assert choose(80 * GIB, machine * GIB, needs["person"]).plan.name == "fp8"  # for bf16 weights come through system memory
 
 
 def test_a_named_plan_is_taken_and_an_unknown_one_is_not(needs):
@@ -245,15 +271,17 @@ def test_every_step_down_needs_less(needs):
 
 
 def test_a_missing_library_is_a_sentence(monkeypatch):
+    family = KNOWN[FLUX_DEV]
+
     def missing(name):
         raise __import__("importlib.metadata").metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.version", missing)
     with pytest.raises(MetaLoraError, match="pip install bitsandbytes=="):
-        configs_for("4-bit", torch.bfloat16)
+        configs_for("4-bit", torch.bfloat16, family)
     with pytest.raises(MetaLoraError, match="pip install torchao=="):
-        configs_for("fp8", torch.bfloat16)
-    assert configs_for("bf16", torch.bfloat16) == {}
+        configs_for("fp8", torch.bfloat16, family)
+    assert configs_for("bf16", torch.bfloat16, family) == {}
 
 
 # ---- going down

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from metalora import speed
-from metalora.plan import FLUX_DEV
 
 from .conftest import state_hash
 
@@ -25,17 +24,20 @@ def test_all_ways_train_the_same_thing_and_leave_nothing_behind(base):
     assert all(0 < row["share of roofline"] < 1 for row in found)
 
 
+@pytest.mark.one_family
 def test_more_tokens_are_more_work(base):
     cases = [speed.Case(base.settings.train_resolution, text) for text in (4, 12)]
     few, many = speed.compare(base, cases, ["Meta-LoRA"], warmup=0, steps=1)["steps"]
     assert many["tera-operations a step"] > few["tera-operations a step"]
 
 
-def test_the_full_size_model_is_built_from_its_configs_alone(monkeypatch, tmp_path, base):
-    """The same way in, with FLUX.1-dev's config made small."""
-    small = {**FLUX_DEV, "transformer": {k: v for k, v in base.transformer.config.items() if not k.startswith("_")}}
-    monkeypatch.setattr(speed, "FLUX_DEV", small)
+@pytest.mark.parametrize("name", speed.FULL_SIZE)
+def test_the_full_size_models_are_built_from_their_configs_alone(monkeypatch, tmp_path, name):
+    """The same way in, with their configs made small."""
+    family = speed.FULL_SIZE[name]
+    small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(family, "configs", {**family.configs, "transformer": {**family.configs["transformer"], **small}})
     out = tmp_path / "speed.json"
-    speed.main(["--base", speed.FULL_SIZE, "--resolution", "32", "--text", "4", "--steps", "1", "--warmup", "0", "--device", "cpu", "--json", str(out)])
+    speed.main(["--base", name, "--resolution", "32", "--text", "4", "--steps", "1", "--warmup", "0", "--device", "cpu", "--json", str(out)])
     found = json.loads(out.read_text())
     assert found["dtype"] == str(torch.bfloat16) and len(found["steps"]) == len(speed.WAYS) and "packages" in found["machine"]

@@ -252,6 +252,7 @@ while True:
 """
 
 
+@pytest.mark.one_family
 def test_several_processes_learn_what_one_does(tiny_base, tmp_path):
     """The same losses, Down and start, to rounding; the two processes hold the very same ones."""
     (_, size, start, sha), (*_, other) = shared = in_processes(2, tmp_path, PROCESS, str(tiny_base))

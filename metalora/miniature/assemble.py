@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from metalora.errors import MetaLoraError
 from metalora.miniature.base import trained_base
 from metalora.miniature.captions import TRIGGER, caption_phrases, prompt_phrases, vocabulary

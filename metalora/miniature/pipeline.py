@@ -80,13 +80,13 @@ def _merge_pair(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ..
     return tuple(merged)
 
 
-def byte_pair_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+def byte_pair_merges(words: Iterable[str], end: str = "</w>") -> list[tuple[str, str]]:
     """Merges, in order, after which byte-pair encoding makes one token of each of the (ASCII) words.
 
     The most frequent pair first, as ever, but ties by spelling: the trainer of `tokenizers` breaks them differently
-    from run to run.
+    from run to run. `end` marks the last letter of a word.
     """
-    spelt = [(*word[:-1], f"{word[-1]}</w>") for word in sorted(set(words))]
+    spelt = [(*word[:-1], f"{word[-1]}{end}") for word in sorted(set(words))]
     merges = []
     while any(len(pieces) > 1 for pieces in spelt):
         counts = collections.Counter(pair for pieces in spelt for pair in itertools.pairwise(pieces))
