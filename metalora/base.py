@@ -25,6 +25,7 @@ from .config import BaseSettings
 from .errors import MetaLoraError
 from .families import family_of, settings_of, unreadable
 from .family import Family, Latents, Text
+from .fold import Fold
 from .plan import Choice, Learning, Model, Plan, Work, card, choose, describe, system_memory
 from .quantise import configs_for
 
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Base:
-    """A pipeline on a device, with its settings. Its weights are never written to."""
+    """A pipeline on a device, with its settings. Its weights are never written to, but for people that are folded in and come out again."""
 
     pipeline: DiffusionPipeline
     family: Family
@@ -46,6 +47,7 @@ class Base:
     folder: Path
     choice: Choice  # the plan it was opened with, and why
     plan: Plan  # the one it follows now
+    fold: Fold = field(default_factory=Fold)  # who is in the weights now
     _at_work: Counter[str] = field(default_factory=Counter)  # components that a piece of work needs on the device now
 
     @classmethod
@@ -127,6 +129,8 @@ class Base:
         logger.warning(f"The GPU ran out of memory with the plan {self.plan.name}; going on with {below.name}: {describe(below)}.")
         before, self.plan = self.plan, below
         gc.collect()
+        if before.folds != below.folds:
+            self.fold.take_out(self.transformer)
         if before.precision != below.precision:
             for part in self.family.networks:
                 _release(getattr(self.pipeline, part))

@@ -6,7 +6,7 @@ switching to and fro adds no error, and when everybody is taken out the base is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,21 +20,27 @@ class Fold:
     """What is folded into one transformer. Weights change in place, so what was compiled for them stays valid."""
 
     pristine: dict[str, Tensor] = field(default_factory=dict)  # layer → its weight (d_out, d_in) as it came
+    inside: dict[str, float] | None = field(default_factory=dict)  # who is in, and with which weight; None where a change was broken off
 
     @torch.no_grad()
-    def put(self, transformer: nn.Module, people: Sequence[tuple[Lora, float]]) -> None:
-        """Have exactly these people in, each with its weight; who comes twice counts twice."""
+    def put(self, transformer: nn.Module, people: Mapping[str, tuple[Lora, float]]) -> None:
+        """Have exactly these people in, each with its weight."""
+        wanted = {who: weight for who, (_, weight) in people.items()}
+        if wanted == self.inside:
+            return
         changes: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for lora, weight in people:
+        for lora, weight in people.values():
             for name, (a, b) in factors(lora).items():
                 changes.setdefault(name, []).append((a, weight * b))
+        self.inside = None
         for name in self.pristine.keys() - changes.keys():
             transformer.get_submodule(name).weight.copy_(self.pristine[name])
         for name, parts in changes.items():
             weight = transformer.get_submodule(name).weight
             pristine = self.pristine.setdefault(name, weight.detach().clone())
             a, b = torch.cat([a for a, _ in parts]).to(weight.device), torch.cat([b for _, b in parts], dim=1).to(weight.device)
-            weight.copy_(torch.addmm(pristine.to(weight.device, torch.float32), b, a))
+            weight.copy_(torch.addmm(pristine.float(), b, a))
+        self.inside = wanted
 
     @torch.no_grad()
     def take_out(self, transformer: nn.Module) -> None:
@@ -42,6 +48,7 @@ class Fold:
         for name, weight in self.pristine.items():
             transformer.get_submodule(name).weight.copy_(weight)
         self.pristine.clear()
+        self.inside = {}
 
 
 def factors(lora: Lora) -> dict[str, tuple[Tensor, Tensor]]:

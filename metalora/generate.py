@@ -1,10 +1,11 @@
-"""Prompts and people → pictures. A person is an ordinary LoRA here, loaded, weighted and switched by diffusers' own calls."""
+"""Prompts and people → pictures. A person is an ordinary LoRA here: in the weights where the plan folds, else loaded,
+weighted and switched by diffusers' own calls."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,11 @@ from typing import Any
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from .base import Base
 from .errors import MetaLoraError
 from .files import write_atomically
+from .fold import Lora
 from .prompts import fill
 
 MAKER = "Meta-LoRA"
@@ -29,7 +30,7 @@ KEPT_LOADED = 8  # people that stay loaded, so that switching costs nothing; the
 class Person:
     """An ordinary LoRA under diffusers' names, the words that call it, and how strongly it counts."""
 
-    lora: Mapping[str, Tensor]
+    lora: Lora
     words: str  # "sks woman"
     sha256: str
     weight: float = 1.0
@@ -53,15 +54,18 @@ class GenerateConfig:
 
 def use_people(base: Base, people: Sequence[Person]) -> None:
     """Make exactly these people active, each with its weight; nobody means the base alone. Who comes twice counts twice."""
-    weights: dict[str, float] = {}
-    loaded = list(getattr(base.transformer, "peft_config", {}))
+    active: dict[str, tuple[Lora, float]] = {}
     for person in people:
-        name = person.adapter_name
-        if name not in loaded and name not in weights:
+        active[person.adapter_name] = person.lora, person.weight + active.get(person.adapter_name, (None, 0.0))[1]
+    if base.plan.folds:
+        return base.fold.put(base.transformer, active)
+    weights = {name: weight for name, (_, weight) in active.items()}
+    loaded = list(getattr(base.transformer, "peft_config", {}))
+    for name, (lora, _) in active.items():
+        if name not in loaded:
             with warnings.catch_warnings():  # PEFT warns about the second adapter, which is what we want
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                base.transformer.load_lora_adapter(dict(person.lora), adapter_name=name)
-        weights[name] = weights.get(name, 0.0) + person.weight
+                base.transformer.load_lora_adapter(dict(lora), adapter_name=name)
     others = [name for name in loaded if name not in weights]
     spare = others[: max(0, len(others) + len(weights) - KEPT_LOADED)]
     if spare:
@@ -75,6 +79,7 @@ def use_people(base: Base, people: Sequence[Person]) -> None:
 
 def unload_people(base: Base) -> None:
     """Take every person out; the transformer is a bare one again."""
+    base.fold.take_out(base.transformer)
     base.pipeline.unload_lora_weights()
 
 

@@ -43,10 +43,12 @@ class Plan:
     precision: Precision
     stays: tuple[str, ...]  # components that stay on the device; the others come only while they are at work
     checkpointing: bool = False  # a training step keeps the input of each block only, and computes the rest again
+    folds: bool = False  # while people are drawn they are in the weights, and a copy of the adapted layers' weights lies beside
 
 
 # The fastest first. Bits are given up last of all, and moving the transformer for every prompt is worse than that.
 PLANS = (
+    Plan("folding", "bf16", COMPONENTS, folds=True),
     Plan("resident", "bf16", COMPONENTS),
     Plan("lean", "bf16", ("transformer",)),
     Plan("resident-checkpointing", "bf16", COMPONENTS, True),
@@ -57,7 +59,7 @@ PLANS = (
     Plan("4-bit-checkpointing", "4-bit", ("transformer",), True),
     Plan("offload", "4-bit", (), True),
 )
-ON_CPU = Plan("cpu", "float32", COMPONENTS)
+ON_CPU = Plan("cpu", "float32", COMPONENTS, folds=True)
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,12 @@ class Model:
         texts = self.family.numbers_of_texts(self.modules, max(1, TOKENS_AT_ONCE // work.text_tokens), work.text_tokens)
         pixels = max(PIXELS_AT_ONCE, work.train_resolution**2)
         forward = self.family.vectors.drawing * self.width * (self.tokens(work.resolution) + work.text_tokens)
+        copies = sum(layer.weight.numel() for layer in self._targets(work).values()) if plan.folds else 0
         return {
             "encoding texts": (self.family.text_encoders, int(number * texts)),
             "encoding photos": (("vae",), number * 5 * widths[0] * pixels),
             "learning": (("transformer",), self.step(work, plan.checkpointing, number)),
-            "drawing": (("transformer", "vae"), number * max(forward, 3 * widths[1] * work.resolution**2)),
+            "drawing": (("transformer", "vae"), number * (max(forward, 3 * widths[1] * work.resolution**2) + copies)),
         }
 
     def needs(self, work: Work) -> dict[str, Needs]:
@@ -236,7 +239,8 @@ def describe(plan: Plan) -> str:
     where = {COMPONENTS: "all on the card", ("transformer",): "text encoders and VAE on the card only while at work"}.get(
         plan.stays, "each part on the card only while at work"
     )
-    return f"{plan.precision} weights, {where}, {'with' if plan.checkpointing else 'without'} checkpointing"
+    people = ", people folded into the weights" if plan.folds else ""
+    return f"{plan.precision} weights, {where}, {'with' if plan.checkpointing else 'without'} checkpointing{people}"
 
 
 def choose(gpu: int | None, system: int | None, needs: dict[str, Needs], name: str | None = None) -> Choice:

@@ -14,6 +14,7 @@ from metalora import Cancelled, Identity, MetaLoraError, Personalizer
 from metalora import generate as generation
 from metalora.adapter import attach
 from metalora.base import Base
+from metalora.fold import factors
 from metalora.generate import GenerateConfig, Person, generate, render, save_png, unload_people, use_people
 
 from .conftest import make_meta_down, state_hash
@@ -77,15 +78,57 @@ def test_weights_count_and_zero_is_nobody(bare, meta_down):
     full = pictures(bare, [one], ["in the park"])[0]
     halves = pictures(bare, [replace(one, weight=0.5), replace(one, weight=0.5, words="")], ["in the park"])[0]
     assert abs(full - alone).max() > 2 and abs(halves - full).max() <= 1
-    use_people(bare, [replace(one, weight=0.5), two])
-    layer = bare.transformer.get_submodule(next(iter(meta_down.tensors)))
-    assert layer.scaling == {one.adapter_name: 0.5, two.adapter_name: 1.0}
-    use_people(bare, [one])
-    assert layer.active_adapters == [one.adapter_name] and layer.scaling[one.adapter_name] == 1.0
+
+
+@pytest.fixture(params=["folded", "loaded"])
+def held(request, bare, monkeypatch):
+    """The base, with people in its weights or beside them."""
+    monkeypatch.setattr(bare, "plan", replace(bare.plan, folds=request.param == "folded"))
+    yield bare
+    unload_people(bare)
+
+
+def test_people_count_as_they_are_weighted_wherever_they_are(held, meta_down):
+    one, two = person_of(held, meta_down, 1), person_of(held, meta_down, 2)
+    layer = held.transformer.get_submodule(next(iter(meta_down.tensors)))
+    x = torch.randn(3, layer.in_features)
+    alone, parts = layer(x), []
+    for person in (one, two):
+        a, b = factors(person.lora)[next(iter(meta_down.tensors))]
+        parts.append(x @ a.T @ b.T)
+    for people, wanted in [
+        ([replace(one, weight=0.5), two], alone + 0.5 * parts[0] + parts[1]),
+        ([one], alone + parts[0]),
+        ([one, replace(one, weight=-0.25)], alone + 0.75 * parts[0]),
+        ([], alone),
+    ]:
+        use_people(held, people)
+        torch.testing.assert_close(held.transformer.get_submodule(next(iter(meta_down.tensors)))(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_folded_and_loaded_people_look_the_same(bare, meta_down, monkeypatch):
+    people = [person_of(bare, meta_down, 1), person_of(bare, meta_down, 2, weight=0.5)]
+    assert bare.plan.folds
+    folded = pictures(bare, people)[0]
+    unload_people(bare)
+    monkeypatch.setattr(bare, "plan", replace(bare.plan, folds=False))
+    assert abs(pictures(bare, people)[0] - folded).max() <= 1
+
+
+def test_a_broken_fold_is_mended_by_the_next(bare, meta_down):
+    before, one = state_hash(bare.transformer), person_of(bare, meta_down, 1)
+    names = list(factors(one.lora))
+    bad = dict(one.lora) | {f"transformer.{names[-1]}.lora_A.weight": torch.zeros(1, 1)}
+    with pytest.raises(RuntimeError):
+        use_people(bare, [replace(one, lora=bad)])
+    assert state_hash(bare.transformer) != before
+    use_people(bare, [])
+    assert state_hash(bare.transformer) == before
 
 
 def test_only_so_many_people_stay_loaded(bare, meta_down, monkeypatch):
     monkeypatch.setattr(generation, "KEPT_LOADED", 2)
+    monkeypatch.setattr(bare, "plan", replace(bare.plan, folds=False))
     for seed in range(4):
         use_people(bare, [person_of(bare, meta_down, seed)])
     assert len(bare.transformer.peft_config) <= 2

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from metalora.base import Base, _load_pipeline
 from metalora.config import AdapterConfig, BaseSettings
 from metalora.families import KNOWN
 from metalora.family import Text
+from metalora.fold import Fold
 from metalora.generate import GenerateConfig, Person, generate, unload_people
 from metalora.plan import GIB, PLANS, Model, Work, choose
 from metalora.quantise import configs_for
@@ -80,7 +82,7 @@ def on_gpu(base: Base, name: str) -> Base:
     """The tiny base as if a card had it under that plan; only that its card is the CPU."""
     model = Model.of(base.folder)
     chosen = choose(0, None, model.needs(Work.of(base.settings)), name)
-    carded = replace(base, pipeline=_load_pipeline(base.folder, base.family, chosen.plan), choice=chosen, plan=chosen.plan, _at_work=Counter())
+    carded = replace(base, pipeline=_load_pipeline(base.folder, base.family, chosen.plan), choice=chosen, plan=chosen.plan, fold=Fold(), _at_work=Counter())
     carded._settle()
     return carded
 
@@ -229,8 +231,8 @@ def test_a_larger_card_never_gets_a_slower_plan_and_none_is_overfilled(needs, ki
 
 
 CARDS = {  # GiB → the plan for it
-    FLUX_DEV: {80: "resident", 48: "resident", 40: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit-checkpointing", 10: "offload"},
-    KLEIN_4B: {24: "resident", 16: "fp8", 12: "4-bit", 8: "4-bit", 6: "offload"},
+    FLUX_DEV: {80: "folding", 48: "resident", 40: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit-checkpointing", 10: "offload"},
+    KLEIN_4B: {32: "folding", 24: "resident", 16: "fp8", 12: "4-bit", 8: "4-bit", 6: "offload"},
 }
 
 
@@ -254,7 +256,7 @@ def test_a_card_too_small_a_machine_too_small_and_a_cpu(known, needs):
 
 def test_a_named_plan_is_taken_and_an_unknown_one_is_not(needs):
     assert choose(80 * GIB, None, needs["person"], "4-bit").plan == BY_NAME["4-bit"]
-    with pytest.raises(MetaLoraError, match="no plan quick for a GPU; choose resident, lean"):
+    with pytest.raises(MetaLoraError, match="no plan quick for a GPU; choose folding, resident, lean"):
         choose(80 * GIB, None, needs["person"], "quick")
     with pytest.raises(MetaLoraError, match="no plan fp8 on a CPU; choose cpu"):
         choose(None, None, needs["person"], "fp8")
@@ -333,12 +335,13 @@ def test_going_down_to_fewer_bits_keeps_what_was_learnt(base, meta_down, photo, 
         assert torch.nn.functional.cosine_similarity(identity.factors[name][1].flatten(), up.flatten(), dim=0) > 0.9
 
 
-def test_a_picture_that_the_memory_does_not_do_for_is_drawn_again(base, meta_down, photo, config, monkeypatch):
-    carded = on_gpu(base, "resident")
+@pytest.mark.parametrize(("name", "below"), [("folding", "resident"), ("resident", "lean")])
+def test_a_picture_that_the_memory_does_not_do_for_is_drawn_again(base, meta_down, photo, config, monkeypatch, name, below):
+    carded = on_gpu(base, name)
     _, identity = run(adapt(base, meta_down, photo, config))
     person = Person(identity.to_lora(meta_down), "sks woman", identity.sha256)
     draw = partial(generate, carded, ["a photo of {person}"], [person], GenerateConfig(count=2))
-    whole = [image.tobytes() for image in draw()]
+    whole = [np.asarray(image).astype(int) for image in draw()]
     decode, calls, steps = carded.vae.decode, [], []
 
     def failing(*given, **more):
@@ -349,7 +352,10 @@ def test_a_picture_that_the_memory_does_not_do_for_is_drawn_again(base, meta_dow
 
     monkeypatch.setattr(carded.vae, "decode", failing)
     images = draw(on_step=lambda done, every: steps.append(done / every))
-    assert [image.tobytes() for image in images] == whole and carded.plan.name == "lean" and max(steps) == 1
+    again = [np.asarray(image).astype(int) for image in images]
+    assert carded.plan.name == below and max(steps) == 1
+    for one, other in zip(again, whole):  # folded into bf16 weights, and beside them, a person differs by the rounding
+        assert abs(one - other).max() <= (12 if name == "folding" else 0)
     unload_people(carded)
 
 
