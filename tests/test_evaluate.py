@@ -255,6 +255,7 @@ def degraded(personalizer, people, tmp_path_factory):
     return output, summary
 
 
+@pytest.mark.one_family
 def test_a_photo_made_worse_is_learnt_as_a_method_of_its_own(degraded, done):
     output, summary = degraded
     assert list(summary["methods"]) == ["base", "meta-lora", "meta-lora+dark=0.3", "meta-lora+dark=0.98", TRUE_PHOTOS]
