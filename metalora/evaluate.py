@@ -15,12 +15,13 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import save
 
-from . import hub
+from . import hub, peer
 from .config import AdaptConfig
 from .data import METADATA, Dataset, Subject, load_dataset
 from .degrade import Degradation
@@ -29,7 +30,7 @@ from .errors import MetaLoraError
 from .files import save_json, write_atomically
 from .generate import GenerateConfig, Person, generate, save_png, unload_people
 from .identity import Identity
-from .methods import LEARNING, Method
+from .methods import LEARNING, PEER, Method
 from .personalizer import Personalizer, plain_faults
 from .photo import load_photo
 from .processes import CLAIMS, WAITING, Pace, Progress, here, share_out, shown
@@ -73,6 +74,8 @@ def evaluate(
     named = [Method.parse(name) for name in methods]
     worse = [method.degraded(how) for how in map(Degradation.parse, degrade) for method in named if method.kind in LEARNING and not method.degrade]
     chosen = [*dict.fromkeys([*named, *worse]), Method(TRUE_PHOTOS, TRUE_PHOTOS)]
+    if any(method.kind == PEER for method in chosen):
+        peer.check(personalizer.base)
     data = load_dataset(folder, need_prompts=True, need_others=True)
     bench = Bench(personalizer, data, Path(output), steps, seed, strength, Dino(hub.model_folder(dino)) if dino else None)
     people, left_out = yield from bench.meet()
@@ -102,6 +105,14 @@ def evaluate(
     return write_report(bench.output, [m.name for m in chosen], left_out) if here().first else {}
 
 
+class Learnt(NamedTuple):
+    """What a method made of a photo."""
+
+    person: Person
+    parameters: int  # numbers that were trained
+    bytes: int  # of the file
+
+
 class Bench:
     """The people, the parts that score, and the folder."""
 
@@ -112,6 +123,7 @@ class Bench:
         # An ordinary LoRA has the settings that suit it best, and all the rest in common: photo, crops, loss, seed.
         common = {name: getattr(settings.adapt, name) for name in ("crops", "margin", "background", "flow")}
         self.plain = replace(settings.plain, **common, **same)
+        self.peer = peer.PeerConfig(**same)  # no setting of ours is its concern
         self.scorer = Scorer(personalizer.finder, personalizer.clip, dino)
 
     def meet(self) -> Generator[Progress, None, tuple[list[Someone], dict[str, str]]]:
@@ -153,8 +165,10 @@ class Bench:
                 raise MetaLoraError(f"{path.parent} was made with other settings ({', '.join(other)}); choose another output folder, or remove it.")
         save_json(path, settings)
 
-    def settings(self, method: Method) -> AdaptConfig:
+    def settings(self, method: Method) -> AdaptConfig | peer.PeerConfig:
         """How a method learns."""
+        if method.kind == PEER:
+            return method.over(replace(self.peer, rank=method.rank))
         return method.over(self.plain if method.kind == "lora" else self.config)
 
     def steps(self, method: Method) -> int:
@@ -169,7 +183,7 @@ class Bench:
     def learning(self, method: Method) -> float:
         """The learning's part of the cost."""
         config = self.settings(method)
-        return 3 * config.batch_size * self.steps(method) * (2 if config.prior > 0 else 1)
+        return 3 * config.batch_size * self.steps(method) * (2 if isinstance(config, AdaptConfig) and config.prior > 0 else 1)
 
     def run(self, person: Someone, method: Method, gallery: np.ndarray, names: Sequence[str]) -> Iterator[float]:
         """Learn, generate, score and write one person; yields the share that is done. A photo made too bad to learn from is a failure."""
@@ -192,24 +206,35 @@ class Bench:
             begin = time.perf_counter()
             learnt = None if method.kind == "base" else (yield from self._learn(person, method, learning))
             seconds = time.perf_counter() - begin
-            for image in self._pictures(person, learnt and self.personalizer.person(learnt, self.strength)):
+            for image in self._pictures(person, learnt and learnt.person):
                 paths.append(save_png(image, self.path(person, method).with_name(f"{person.file}-{len(images)}.png")))
                 images.append(image)
                 yield learning + (1 - learning) * len(images) / (len(texts) + 1)
         rows = self._score(person, images, texts, gallery, names, method.kind == TRUE_PHOTOS)
         for row, path in zip(rows, paths):
-            row |= {"method": method.name, "picture": os.path.relpath(path, self.output), "learn_seconds": round(seconds, 3), **_size(learnt)}
+            row |= {"method": method.name, "picture": os.path.relpath(path, self.output), "learn_seconds": round(seconds, 3)}
+            row |= {"parameters": learnt.parameters, "bytes": learnt.bytes} if learnt else {"parameters": 0, "bytes": 0}
         return rows
 
-    def _learn(self, person: Someone, method: Method, share: float) -> Generator[float, None, Identity]:
-        """Stage 2 on the references; both methods get the same crops, captions and draws."""
+    def _learn(self, person: Someone, method: Method, share: float) -> Generator[float, None, Learnt]:
+        """Stage 2 on the references; our methods get the same crops, captions and draws, the peer the photos and the person's words."""
         photos, domain, config = self._photos(person, method), person.subject.domain, self.settings(method)
         p = self.personalizer
+        if method.kind == PEER:
+            return self._of_the_peer(photos, domain, config)
         if method.kind == "meta-lora":
             steps = p.adapt_meta_steps(photos, domain, config)
         else:
             steps = p.adapt_plain_steps(photos, domain, method.rank, config)
-        return (yield from shown(steps, lambda report: share * report.step / report.steps))
+        identity = yield from shown(steps, lambda report: share * report.step / report.steps)
+        return Learnt(p.person(identity, self.strength), *_size(identity))
+
+    def _of_the_peer(self, photos: Sequence[Image.Image], domain: str, config: peer.PeerConfig) -> Learnt:
+        s, words = self.personalizer.base.settings, f"{self.personalizer.base.settings.trigger} {domain}"
+        lora = peer.train(self.personalizer.base.folder, photos, f"a photo of {words}", s.train_resolution, s.max_sequence_length, config)
+        file = save(lora)
+        person = Person(lora, words, hashlib.sha256(file).hexdigest(), self.strength)
+        return Learnt(person, sum(t.numel() for t in lora.values()), len(file))
 
     def _photos(self, person: Someone, method: Method) -> list[Image.Image]:
         """The references as the method is to see them. LostFace where one was made so much worse that its face is not found."""
@@ -265,14 +290,12 @@ class Bench:
         return rows
 
 
-def _size(identity: Identity | None) -> dict[str, int]:
+def _size(identity: Identity) -> tuple[int, int]:
     """Numbers that were trained, and bytes of the identity's file."""
-    if identity is None:
-        return {"parameters": 0, "bytes": 0}
     trained = [*identity.downs.values(), *(up for _, up in identity.factors.values())]
     trained += [] if identity.is_plain else [mid for mid, _ in identity.factors.values()]  # an ordinary LoRA has no Mid to train
     with tempfile.TemporaryDirectory() as folder:
-        return {"parameters": sum(t.numel() for t in trained), "bytes": identity.save(Path(folder) / "person.safetensors").stat().st_size}
+        return sum(t.numel() for t in trained), identity.save(Path(folder) / "person.safetensors").stat().st_size
 
 
 def _sha256(path: Path) -> str:

@@ -6,18 +6,21 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from .config import AdaptConfig, overlay
 from .degrade import Degradation
 from .errors import MetaLoraError
 
 METHODS = (
-    "base, meta-lora, lora-r1 (or any rank), each of the last two also with its number of steps: lora-r1@625, "
+    "base, meta-lora, lora-r1 (or any rank), dreambooth-r16 (diffusers' own script), each but the first also with its number of steps: lora-r1@625, "
     "with other settings: meta-lora:learning_rate=2e-3,batch_size=2, and from a photo made worse: meta-lora@100+blur=2"
 )
-LEARNING = ("meta-lora", "lora")  # the kinds of method that learn from a photo
+PEER = "dreambooth"  # a kind: the script of peer.py
+LEARNING = ("meta-lora", "lora", PEER)  # the kinds of method that learn from a photo
+OF_THE_PEER = {"learning_rate", "batch_size"}
 LONGEST = 160  # characters of a name, which is a folder's name too
+Config = TypeVar("Config")  # AdaptConfig or PeerConfig
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,10 @@ class Method:
     """One way to come from a photo to pictures."""
 
     name: str  # with the steps at its end, wherever they were asked for, so that runs of different length are one family
-    kind: str  # "base": nothing is learnt; "meta-lora"; "lora"; TRUE_PHOTOS: the ceiling, nothing is generated
+    kind: str  # "base": nothing is learnt; "meta-lora"; "lora"; PEER; TRUE_PHOTOS: the ceiling, nothing is generated
     rank: int = 0
     steps: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)  # laid over the base's AdaptConfig
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)  # laid over the base's AdaptConfig, or over PeerConfig
     degrade: Degradation | None = None  # what is done to the photo before it is learnt
 
     @classmethod
@@ -40,13 +43,15 @@ class Method:
         clean, _, worse = name.rpartition("+") if re.search(r"\+[a-z]+=[^+]*$", name) else (name, "", "")
         if worse:
             return cls.parse(clean).degraded(Degradation.parse(worse))
-        found = re.fullmatch(r"(?:(base)|((?:(meta-lora)|(lora)-r([1-9]\d{0,2}))(:[^@]*)?)(?:@([1-9]\d{0,5}))?)", name)
+        found = re.fullmatch(r"(?:(base)|((?:(meta-lora)|(lora|dreambooth)-r([1-9]\d{0,2}))(:[^@]*)?)(?:@([1-9]\d{0,5}))?)", name)
         if not found:
             raise MetaLoraError(f"There is no method {name}; known are {METHODS}.")
         base, stem, meta, lora, rank, asked, at = found.groups()
         steps, settings = int(at) if at else None, {}
         if asked is not None:
             settings, own = _settings(asked[1:], name)
+            if lora == PEER and set(settings) - OF_THE_PEER:
+                raise MetaLoraError(f"Of diffusers' script {' and '.join(sorted(OF_THE_PEER))} can be set, and the steps; leave out the rest of {name}.")
             if own is not None and steps is not None:
                 raise MetaLoraError(f"The method {name} gives its steps twice; leave out one.")
             steps = own or steps
@@ -63,7 +68,7 @@ class Method:
             raise MetaLoraError(f"The method {self.name} cannot be tried with {how}: it learns from no photo, or from one that is degraded already.")
         return replace(self, name=f"{self.name}+{how}", degrade=how)
 
-    def over(self, config: AdaptConfig) -> AdaptConfig:
+    def over(self, config: Config) -> Config:
         """`config` as this method wants it."""
         return overlay(config, self.settings | ({"steps": self.steps} if self.steps else {}), f"the method {self.name}")
 

@@ -17,11 +17,13 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
 from torch import Tensor
 
+from .base import Base
 from .errors import MetaLoraError
 from .files import load_tensors, write_atomically
 from .photo import load_photo
@@ -63,19 +65,20 @@ def _fetch(path: Path) -> bytes:
         raise MetaLoraError(f"diffusers' training script cannot be fetched ({error}); go online, or put {ADDRESS} at {path}.") from error
 
 
-def check() -> None:
+def check(base: Base) -> None:
     """Say at once, and not after an hour's work, what the script lacks."""
+    if base.family.pipeline != "FluxPipeline":
+        raise MetaLoraError(f"diffusers' training script is for FLUX.1, and {base.name} is of another family; leave it out, or take another base.")
     if importlib.util.find_spec("torchvision") is None:
         raise MetaLoraError("diffusers' training script needs torchvision; install the release that fits this torch (pip install torchvision==0.28.0).")
     script()
 
 
-def train(base: Path, photos: Sequence[Path], prompt: str, resolution: int, tokens: int, config: PeerConfig) -> dict[str, Tensor]:
+def train(base: Path, photos: Sequence[Any], prompt: str, resolution: int, tokens: int, config: PeerConfig) -> dict[str, Tensor]:
     """The LoRA, under diffusers' names, that the script learns from the photos for `prompt` on the pipeline in `base`.
 
-    `tokens` is the T5 length. Raises MetaLoraError, with what it said last, where the script fails.
+    `photos` are whatever load_photo takes; `tokens` is the T5 length. Raises MetaLoraError, with what it said last, where the script fails.
     """
-    check()
     with tempfile.TemporaryDirectory(prefix="metalora-peer-") as folder:
         pictures, output = Path(folder, "photos"), Path(folder, "output")
         pictures.mkdir()
@@ -89,7 +92,7 @@ def train(base: Path, photos: Sequence[Path], prompt: str, resolution: int, toke
         return load_tensors(output / LORA, "a LoRA")[0]
 
 
-def seconds_a_step(base: Path, photos: Sequence[Path], resolution: int, tokens: int, config: PeerConfig) -> float:
+def seconds_a_step(base: Path, photos: Sequence[Any], resolution: int, tokens: int, config: PeerConfig) -> float:
     """The mean over `config.steps` steps: a training of so many more steps than another takes so much longer, whatever starting costs."""
     few, times = max(1, config.steps // 10), []
     for steps in (few, few + config.steps):

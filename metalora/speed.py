@@ -13,7 +13,6 @@ import gc
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -180,11 +179,8 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> dict[s
 
 def measure_script(base: Base, case: Case, steps: int) -> dict[str, Any]:
     """The same of diffusers' own script, run as it is on a made-up photo, in processes of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        photo = Path(folder, "photo.png")
-        Image.effect_noise((case.resolution, case.resolution), 64).convert("RGB").save(photo)
-        config = peer.PeerConfig(PEER_RANK, steps, batch_size=case.batch)
-        seconds = peer.seconds_a_step(base.folder, [photo], case.resolution, case.text_tokens, config)
+    photo = Image.effect_noise((case.resolution, case.resolution), 64).convert("RGB")
+    seconds = peer.seconds_a_step(base.folder, [photo], case.resolution, case.text_tokens, peer.PeerConfig(PEER_RANK, steps, batch_size=case.batch))
     return {"way": f"diffusers' script, rank {PEER_RANK}", "ms a step": 1000 * seconds}
 
 
@@ -249,10 +245,10 @@ def main(arguments: list[str] | None = None) -> None:
     if given.script and given.base in FULL_SIZE:
         sys.exit("diffusers' script reads its base from a folder; leave out --script, or choose another --base.")
     try:
-        if given.script:
-            peer.check()
         full_size = FULL_SIZE.get(given.base)
         base = random_base(given.base, full_size, torch.device(given.device)) if full_size else Base.open(given.base, given.device)
+        if given.script:
+            peer.check(base)
     except MetaLoraError as error:
         sys.exit(str(error))
     if given.meta_rank:

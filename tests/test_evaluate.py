@@ -17,7 +17,8 @@ from metalora.config import AdaptConfig
 from metalora.data import load_dataset
 from metalora.degrade import Degradation
 from metalora.evaluate import Bench, evaluate
-from metalora.methods import Method
+from metalora.methods import PEER, Method
+from metalora.peer import PeerConfig
 from metalora.report import CELL, TRUE_PHOTOS, contact_sheet, folder_of, read_rows, summarise, table, wrap, write_report
 from metalora.webreport import degrade_curves, html_report
 
@@ -207,6 +208,10 @@ def test_a_method_lays_its_settings_over_those_of_the_base():
     assert got == Method.parse(got.name) and re.fullmatch(r"[\w@=.,+-]+", folder_of(got.name))
     assert Method.parse("lora-r4:steps=9") == Method.parse("lora-r4@9")
     assert Method.parse("lora-r4").over(config) == config
+    peers = Method.parse("dreambooth-r16:learning_rate=1e-3@500")
+    assert (peers.kind, peers.rank, peers.steps) == (PEER, 16, 500) and peers.over(PeerConfig(seed=3)) == PeerConfig(steps=500, learning_rate=1e-3, seed=3)
+    with pytest.raises(MetaLoraError, match="Of diffusers' script batch_size and learning_rate can be set"):
+        Method.parse("dreambooth-r16:up_rate=4")
 
 
 @pytest.mark.parametrize("settings, fault", [

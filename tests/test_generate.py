@@ -72,7 +72,7 @@ def test_people_come_and_go_and_the_base_stays(bare, meta_down):
 
 
 def test_weights_count_and_zero_is_nobody(bare, meta_down):
-    one, two = person_of(bare, meta_down, 1), person_of(bare, meta_down, 2)
+    one = person_of(bare, meta_down, 1)
     alone = pictures(bare, [], ["sks woman, in the park"])[0]
     assert np.array_equal(pictures(bare, [replace(one, weight=0.0)], ["in the park"])[0], alone)
     full = pictures(bare, [one], ["in the park"])[0]

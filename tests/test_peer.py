@@ -11,10 +11,15 @@ from threading import Thread
 
 import pytest
 from huggingface_hub import constants
+from PIL import Image
 
-from metalora import peer
+from metalora import Personalizer, peer
 from metalora.errors import MetaLoraError
-from metalora.generate import Person, use_people, unload_people
+from metalora.evaluate import evaluate
+from metalora.generate import Person, unload_people, use_people
+
+from .conftest import run
+from .parts import write_people
 
 
 @pytest.fixture
@@ -50,20 +55,33 @@ def test_a_dead_network_says_where_to_put_it(shelf, monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is here")
-def test_what_it_lacks_is_said_first():
+@pytest.mark.one_family
+def test_what_it_lacks_is_said_first(base, meta_down, tmp_path):
     with pytest.raises(MetaLoraError, match="pip install torchvision"):
-        peer.check()
+        peer.check(base)
+    with pytest.raises(MetaLoraError, match="pip install torchvision"):
+        next(evaluate(Personalizer(base, meta_down), tmp_path, ["dreambooth-r4"], tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
-def test_it_learns_a_lora_that_the_base_loads(base, tmp_path):
+def test_it_is_for_one_family(base):
+    if base.family.pipeline != "FluxPipeline":
+        with pytest.raises(MetaLoraError, match="is of another family; leave it out"):
+            peer.check(base)
+
+
+@pytest.fixture
+def ready(base):
+    """The base, where the script can run on it."""
     try:
-        peer.check()
+        peer.check(base)
     except MetaLoraError as error:
         pytest.skip(str(error))
-    from PIL import Image
+    return base
 
-    photo = tmp_path / "photo.png"
-    Image.effect_noise((48, 40), 64).save(photo)
+
+def test_it_learns_a_lora_that_the_base_loads(ready, tmp_path):
+    base, photo = ready, Image.effect_noise((48, 40), 64)
     config = peer.PeerConfig(rank=2, steps=2)
     lora = peer.train(base.folder, [photo], "a photo of sks woman", base.settings.train_resolution, base.settings.max_sequence_length, config)
     assert {tensor.shape[0] for name, tensor in lora.items() if "lora_A" in name} == {2}
@@ -71,3 +89,11 @@ def test_it_learns_a_lora_that_the_base_loads(base, tmp_path):
     unload_people(base)
     with pytest.raises(MetaLoraError, match="training script failed"):
         peer.train(tmp_path, [photo], "a photo", 32, 8, config)
+
+
+@pytest.mark.one_family
+def test_it_is_evaluated_like_the_rest(ready, meta_down, tmp_path):
+    people = write_people(tmp_path / "people", {"ann": "woman", "bea": "woman"})
+    _, summary = run(evaluate(Personalizer(ready, meta_down), people, ["base", "dreambooth-r2:learning_rate=1e-3@2"], tmp_path / "out", limit=1))
+    found = summary["methods"]["dreambooth-r2:learning_rate=1e-3@2"]
+    assert found["pictures"] == summary["methods"]["base"]["pictures"] and found["parameters"] > 0 and found["learn_seconds"] > 0
