@@ -1,9 +1,9 @@
-"""How fast a person is learnt, against ordinary LoRA training and against what the device could do at best.
+"""How fast a person is learnt and drawn, against ordinary LoRA training and against what the device could do at best.
 
-    python -m metalora.speed [--base flux-dev] [--script] [--json FILE]
+    python -m metalora.speed [--base flux-dev] [--draw] [--growth] [--script] [--json FILE]
 
-Speed and memory do not depend on what the weights say, so `flux-dev` and `klein-4b` are transformers of the size of FLUX.1-dev and
-FLUX.2-klein-4B with random ones; any other base is opened as it is. All ways of training take turns in one process, on the same pictures, layers and draws.
+`flux-dev` and `klein-4b` are transformers of the size of FLUX.1-dev and FLUX.2-klein-4B with random weights; any other base is opened
+as it is. All ways take turns in one process, on the same pictures, layers and draws.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,77 +27,27 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import peer
+from . import drawing, peer
 from .adapter import attach, find_targets, random_downs, trainable
 from .base import Base
 from .cache import TrainingSet
-from .config import DEFAULT_BASE, BaseSettings, FlowConfig
+from .config import DEFAULT_BASE, FlowConfig
 from .doctor import machine
 from .errors import MetaLoraError
-from .families import KNOWN
-from .family import Family, Text
 from .generate import unload_people
-from .plan import GIB, Choice, Model, Plan, Work
+from .plan import GIB
+from .standin import FULL_SIZE, Case, random_base, random_pictures
 from .train import draw_rows, fit, flow_loss, optimizer
 
-FULL_SIZE = {"flux-dev": KNOWN["black-forest-labs/FLUX.1-dev"], "klein-4b": KNOWN["black-forest-labs/FLUX.2-klein-4B"]}
 PEER_RANK = 16  # what people train today
-PICTURES = 8  # of the training set
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a training step works on."""
-
-    resolution: int  # px
-    text_tokens: int
-    batch: int = 1
-
-
-def random_base(name: str, family: Family, place: torch.device) -> Base:
-    """The transformer and VAE of the family's known base in bfloat16 with diffusers' own random weights; texts are never encoded here.
-
-    Its weights are drawn as for training, never zeros: those make a GPU draw less power and run faster.
-    """
-    import diffusers
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with place:
-            parts = {part: getattr(diffusers, family.networks[part]).from_config(family.configs[part]) for part in ("transformer", "vae")}
-    finally:
-        torch.set_default_dtype(before)
-    parts = {part: network.eval().requires_grad_(False) for part, network in parts.items()}
-    absent = dict.fromkeys([*family.text_encoders, *(part.replace("text_encoder", "tokenizer") for part in family.text_encoders)])
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    pipeline = getattr(diffusers, family.pipeline)(scheduler=scheduler, **parts, **absent)
-    plan = Plan("resident", "bf16", ("transformer", "vae"))
-    choice = Choice(plan, Model(family, family.configs).needs(Work.of(BaseSettings())), {})
-    return Base(pipeline, family, BaseSettings(), name, "random", place, Path(), choice, plan)
-
-
-def random_pictures(base: Base, case: Case) -> TrainingSet:
-    """Latents and embeddings of the case's sizes, drawn at random."""
-    side, config = case.resolution // 16, base.transformer.config
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(base.device)
-
-    return TrainingSet(
-        mean=draw(PICTURES, side**2, config.in_channels), std=0.1 * draw(PICTURES, side**2, config.in_channels).abs(),
-        image_ids=base.family.image_ids(side, side).to(base.device),
-        text=Text(draw(1, *shape).to(base.dtype) for shape in base.family.text_shapes(base.transformer, case.text_tokens)),
-        caption=torch.zeros(PICTURES, dtype=torch.int64, device=base.device), subject=torch.zeros(PICTURES, dtype=torch.int64, device=base.device),
-    )  # fmt: skip
 
 
 @contextmanager
 def meta_lora(base: Base, data: TrainingSet, case: Case, checkpointing: bool) -> Iterator[Iterator[float]]:
-    """Stage 2 as `adapt` does it: an endless iterator of losses, a step each."""
-    shape, generator = base.settings.adapter, torch.Generator().manual_seed(0)
-    with _checkpointing(base.transformer, checkpointing), attach(base.transformer, random_downs(base.transformer, shape, generator), shape) as adapter:
+    """Stage 2 as `adapt` does it, or of several people at a time as stage 1 does: an endless iterator of losses, a step each."""
+    shape, generator = replace(base.settings.adapter, rank=case.rank, meta_rank=case.meta_rank), torch.Generator().manual_seed(0)
+    downs = random_downs(base.transformer, shape, generator)
+    with _checkpointing(base.transformer, checkpointing), attach(base.transformer, downs, shape, case.people) as adapter:
         adapter.start(generator)
         yield fit(
             base, adapter, data, [optimizer(list(trainable(adapter)), base.settings.adapt.learning_rate)], steps=sys.maxsize,
@@ -153,7 +104,7 @@ WAYS: dict[str, tuple[Callable[..., Any], bool]] = {
 
 
 def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> dict[str, Any]:
-    """Milliseconds a step (median and 9th decile), peak GPU memory beyond the weights, operations of a step, the first loss."""
+    """Milliseconds a step (median and 9th decile), peak memory beyond the weights, operations of a step, the first loss."""
     train, checkpointing = WAYS[way]
     data, gpu = random_pictures(base, case), base.device.type == "cuda"
     gc.collect()
@@ -162,7 +113,7 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> dict[s
         torch.cuda.reset_peak_memory_stats(base.device)
         held = torch.cuda.memory_allocated(base.device)
     with train(base, data, case, checkpointing) as losses:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, _kept() as kept:
             first = next(losses)
         for _ in range(warmup):
             next(losses)
@@ -173,8 +124,22 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> dict[s
             times.append(1000 * (time.perf_counter() - begin))
         losses.close()
     found = {"way": way, "ms a step": statistics.median(times), "9th decile": sorted(times)[int(0.9 * (len(times) - 1))], "first loss": first,
-             "tera-operations a step": counter.get_total_flops() / 1e12}  # fmt: skip
+             "tera-operations a step": counter.get_total_flops() / 1e12, "MiB kept for the way back": sum(kept.values()) / 2**20}  # fmt: skip
     return found | ({"peak GiB beyond the weights": (torch.cuda.max_memory_allocated(base.device) - held) / GIB} if gpu else {})
+
+
+@contextmanager
+def _kept() -> Iterator[dict[int, int]]:
+    """Bytes of every tensor that autograd keeps meanwhile, by its place, but for parameters; the same on every device."""
+    places: dict[int, int] = {}
+
+    def see(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+            places[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        yield places
 
 
 def measure_script(base: Base, case: Case, steps: int) -> dict[str, Any]:
@@ -207,7 +172,7 @@ def compare(base: Base, cases: Sequence[Case], ways: Sequence[str], warmup: int,
         least = 1000 * min((row["tera-operations a step"] for row in found), default=0) * 1e12 / rate
         found += [measure_script(base, case, script_steps)] if script_steps else []
         for row in found:
-            rows.append({"resolution": case.resolution, "text tokens": case.text_tokens, "batch": case.batch, **row, "share of roofline": least / row["ms a step"]})
+            rows.append({**asdict(case), **row, "share of roofline": least / row["ms a step"]})
             print(_line(rows[-1]), flush=True)
     return {"base": base.name, "dtype": str(base.dtype), "matrix tera-operations a second": rate / 1e12, "steps": rows}
 
@@ -221,10 +186,37 @@ def _measured(base: Base, case: Case, way: str, warmup: int, steps: int) -> dict
         return None
 
 
+def growth(usual: Case) -> list[Case]:
+    """The usual case, and cases that differ from it in one respect."""
+    values = {
+        "resolution": [usual.resolution * part // 64 * 16 for part in (2, 4, 6, 8)], "text_tokens": [usual.text_tokens * part // 4 for part in (1, 2, 4)],
+        "batch": [1, 2, 4, 8], "rank": [1, 4, 16], "meta_rank": [4, 16, 64],
+    }  # fmt: skip
+    cases = [replace(usual, **{name: value}) for name, several in values.items() for value in several]
+    return list(dict.fromkeys([usual, *cases, *(replace(usual, batch=4, people=people) for people in (1, 4, 16))]))
+
+
+def draw(base: Base, cases: Sequence[Case], warmup: int, pictures: int) -> list[dict[str, Any]]:
+    """All ways of drawing on all cases, printed as they come."""
+    rows = []
+    for case in dict.fromkeys(replace(case, batch=1, people=1) for case in cases):
+        for row in drawing.measure(base, case, warmup, pictures):
+            rows.append({"resolution": case.resolution, "text_tokens": case.text_tokens, "rank": case.rank, **row})
+            switch = f"  {1000 * row['seconds to switch']:.0f} ms to switch to another" if "seconds to switch" in row else ""
+            print(f"{_size(case):60} {row['way']:34} {row['seconds a picture']:8.3f} s  {row['over the base']:5.0%} of the base's{switch}", flush=True)
+    return rows
+
+
+def _size(case: Case) -> str:
+    people = f" of {case.people} people" if case.people > 1 else ""
+    return f"{case.resolution} px, {case.text_tokens} text tokens, batch {case.batch}{people}, rank {case.rank} of {case.meta_rank}"
+
+
 def _line(row: dict[str, Any]) -> str:
-    memory = f"{row['peak GiB beyond the weights']:6.2f} GiB" if "peak GiB beyond the weights" in row else ""
-    size = f"{row['resolution']} px, {row['text tokens']} text tokens, batch {row['batch']}"
-    return f"{size:40} {row['way']:34} {row['ms a step']:8.1f} ms  {row['share of roofline']:5.0%} of roofline  {memory}"
+    memory = f"{row['MiB kept for the way back']:6.0f} MiB kept" if "MiB kept for the way back" in row else ""
+    memory += f"  {row['peak GiB beyond the weights']:6.2f} GiB" if "peak GiB beyond the weights" in row else ""
+    size = _size(Case(**{field.name: row[field.name] for field in fields(Case)}))
+    return f"{size:60} {row['way']:34} {row['ms a step']:8.1f} ms  {row['share of roofline']:5.0%} of roofline  {memory}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -234,7 +226,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resolution", type=int, action="append", help="px, repeatable; the base's own when not given")
     parser.add_argument("--text", type=int, action="append", help="text tokens, repeatable; the base's own when not given")
     parser.add_argument("--batch", type=int, action="append", help="repeatable; 1 when not given")
-    parser.add_argument("--meta-rank", type=int, help="of Meta-Down; the base's own when not given")
+    parser.add_argument("--rank", type=int, action="append", help="of a person, repeatable; the base's own when not given")
+    parser.add_argument("--meta-rank", type=int, action="append", help="of Meta-Down, repeatable; the base's own when not given")
+    parser.add_argument("--growth", action="store_true", help="also cases of which each differs in one respect: size, text, batch, ranks, people at a time")
+    parser.add_argument("--draw", type=int, nargs="?", const=10, default=0, metavar="PICTURES", help="also pictures, so many in every way (%(const)s)")
     parser.add_argument("--way", action="append", choices=list(WAYS), metavar="WAY", help=f"one of {', '.join(WAYS)}; repeatable; all when not given")
     parser.add_argument("--script", type=int, nargs="?", const=100, default=0, metavar="STEPS", help="also diffusers' own training script, which is fetched, over so many steps (%(const)s)")
     parser.add_argument("--warmup", type=int, default=10)
@@ -251,12 +246,14 @@ def main(arguments: list[str] | None = None) -> None:
             peer.check(base)
     except MetaLoraError as error:
         sys.exit(str(error))
-    if given.meta_rank:
-        base.settings = replace(base.settings, adapter=replace(base.settings.adapter, meta_rank=given.meta_rank))
     s = base.settings
-    cases = [Case(r, t, b) for r in given.resolution or [s.train_resolution] for t in given.text or [s.max_sequence_length] for b in given.batch or [1]]
-    with nullcontext() if given.base in FULL_SIZE else base.resident("transformer"):
-        found = compare(base, cases, given.way or list(WAYS), given.warmup, given.steps, given.script)
+    asked = [given.resolution or [s.train_resolution], given.text or [s.max_sequence_length], given.batch or [1]]
+    cases = [Case(*sizes) for sizes in product(*asked, given.rank or [s.adapter.rank], given.meta_rank or [s.adapter.meta_rank])]
+    cases = [each for case in cases for each in growth(case)] if given.growth else cases
+    ways = list(WAYS) if given.way is None else given.way
+    with nullcontext() if given.base in FULL_SIZE else base.resident("transformer", "vae"):
+        found = compare(base, cases, ways, given.warmup, given.steps, given.script)
+        found["pictures"] = draw(base, cases[:1], min(2, given.warmup), given.draw) if given.draw else []
     if given.json:
         given.json.write_text(json.dumps({**found, "machine": machine()}, indent=1) + "\n")
 

@@ -24,7 +24,9 @@ FLOORS = [
     {"cards"},
     {"handlers"},
     {"samples", "page", "progress"},
-    {"terminal", "bench", "speed"},
+    {"terminal", "bench", "standin"},
+    {"drawing"},
+    {"speed"},
     {"cli"},
     {"__main__"},
 ]

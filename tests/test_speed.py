@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from metalora import speed
+from metalora import drawing, speed, standin
+from metalora.generate import render
 
 from .conftest import state_hash
 
@@ -41,3 +43,33 @@ def test_the_full_size_models_are_built_from_their_configs_alone(monkeypatch, tm
     speed.main(["--base", name, "--resolution", "32", "--text", "4", "--steps", "1", "--warmup", "0", "--device", "cpu", "--json", str(out)])
     found = json.loads(out.read_text())
     assert found["dtype"] == str(torch.bfloat16) and len(found["steps"]) == len(speed.WAYS) and "packages" in found["machine"]
+
+
+def test_pictures_are_drawn_in_all_ways_and_nothing_is_left_behind(base):
+    before, plan = state_hash(base.transformer), base.plan
+    case = speed.Case(base.settings.train_resolution, 5, batch=2, people=2)
+    rows = speed.draw(base, [case, speed.replace(case, batch=1, people=1)], warmup=0, pictures=1)
+    assert [row["way"] for row in rows] == list(drawing.WAYS) and state_hash(base.transformer) == before and base.plan == plan
+    assert rows[0]["over the base"] == 1 and all(row["seconds to switch"] > 0 for row in rows[1:])
+
+
+@pytest.mark.one_family
+def test_folded_and_loaded_people_draw_the_same(base):
+    case, text, pictures = speed.Case(32, 5), standin.random_text(base, 5, 1), []
+    people = [standin.random_person(base, case.rank, 0)]
+    for folds in drawing.WAYS.values():
+        with drawing.held(base, folds, people):
+            pictures.append(np.asarray(render(base, text, 32, 32, 2, 1.0, 0)).astype(int))
+    bare, folded, loaded = pictures
+    assert abs(folded - loaded).max() <= 1 < abs(folded - bare).max()
+
+
+@pytest.mark.one_family
+def test_growth_changes_one_thing_at_a_time(base):
+    usual = speed.Case(64, 8)
+    cases = speed.growth(usual)
+    assert cases[0] == usual and len(set(cases)) == len(cases)
+    changed = [[key for key, value in vars(case).items() if value != vars(usual)[key]] for case in cases]
+    assert {tuple(c) for c in changed} == {(), *((key,) for key in vars(usual) if key != "people"), ("batch", "people")}
+    rows = speed.compare(base, [speed.Case(32, 5, batch=4, people=people) for people in (1, 4)], ["Meta-LoRA"], warmup=0, steps=1)["steps"]
+    assert rows[0]["first loss"] == pytest.approx(rows[1]["first loss"], rel=0.5) and rows[1]["MiB kept for the way back"] > 0
