@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,8 +81,9 @@ def adapt(
     with attach(base.transformer, downs, shape) as adapter, base.resident("transformer"):
         adapter.start(generator)
         adapter.start_at(meta_down.start, config.start_mid, config.start_up)
-        yield from _steps(base, adapter, data, config, generator, preview, preview_every, prior)
-        return _identity(base, adapter, config, meta_down.domain, meta_down=meta_down.name, meta_down_sha256=meta_down.sha256)
+        learnt = partial(_identity, base, adapter, config, meta_down.domain, meta_down=meta_down.name, meta_down_sha256=meta_down.sha256)
+        yield from _steps(base, adapter, data, config, generator, learnt, preview, preview_every, prior)
+        return learnt()
 
 
 def adapt_plain(
@@ -98,8 +100,9 @@ def adapt_plain(
     """The same without a stage 1 before it: an ordinary LoRA of rank `shape.rank` on the layers that `shape` names."""
     generator = torch.Generator().manual_seed(config.seed)
     with attach_plain(base.transformer, _shape(base, shape, config), generator) as adapter, base.resident("transformer"):
-        yield from _steps(base, adapter, data, config, generator, preview, preview_every, prior)
-        return _identity(base, adapter, config, domain, meta_down="", meta_down_sha256="", downs=adapter.down_tensors())
+        learnt = partial(_identity, base, adapter, config, domain, meta_down="", meta_down_sha256="")
+        yield from _steps(base, adapter, data, config, generator, learnt, preview, preview_every, prior)
+        return learnt()
 
 
 def _shape(base: Base, shape: AdapterConfig, config: AdaptConfig) -> AdapterConfig:
@@ -121,16 +124,17 @@ def prior_loss(base: Base, data: TrainingSet, config: AdaptConfig) -> Callable[[
     return loss
 
 
-def _identity(base: Base, adapter: Adapter, config: AdaptConfig, domain: str, **more: Any) -> Identity:
-    shape = adapter.config
+def _identity(base: Base, adapter: Adapter, config: AdaptConfig, domain: str, steps: int | None = None, **more: Any) -> Identity:
+    """The person as the adapter has them now, after so many steps; all, when not given."""
+    shape, downs = adapter.config, {} if more["meta_down_sha256"] else adapter.down_tensors()
     return Identity(
         adapter.factors(), base.name, base.fingerprint, rank=shape.rank, meta_rank=shape.meta_rank, scale=shape.scale,
-        domain=domain, noun=domain, trigger=base.settings.trigger, steps=config.steps, seed=config.seed, **more,
+        domain=domain, noun=domain, trigger=base.settings.trigger, steps=steps or config.steps, seed=config.seed, downs=downs, **more,
     )  # fmt: skip
 
 
 def _steps(
-    base: Base, adapter: Adapter, data: TrainingSet, config: AdaptConfig, generator: torch.Generator,
+    base: Base, adapter: Adapter, data: TrainingSet, config: AdaptConfig, generator: torch.Generator, learnt: Callable[..., Identity],
     preview: Preview | None = None, preview_every: int = 0, prior: TrainingSet | None = None,
 ) -> Iterator[StepReport]:  # fmt: skip
     clock = Clock(config.steps)
@@ -150,4 +154,4 @@ def _steps(
     for loss in losses:
         step = clock.done + 1
         due = preview_every > 0 and (step % preview_every == 0 or step == config.steps)
-        yield clock.tick(loss, preview() if preview and due else None)
+        yield replace(clock.tick(loss, preview() if preview and due else None), learnt=partial(learnt, steps=step))

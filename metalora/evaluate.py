@@ -13,7 +13,9 @@ import re
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +92,7 @@ def evaluate(
         return [method for method in chosen if not bench.path(wanted[file], method).is_file()]
 
     def left() -> float:
-        return sum(bench.cost(method) for file in wanted for method in lacking(file))
+        return sum(bench.cost(group) for file in wanted for group in together(lacking(file)))
 
     pace = Pace(left())
     for file in share_out(list(wanted), lambda file: not lacking(file), bench.output / CLAIMS):
@@ -98,19 +100,28 @@ def evaluate(
         if file is None:
             yield pace.at(0, WAITING)
             continue
-        for method in lacking(file):
-            for share in bench.run(wanted[file], method, gallery, [p.subject.identity for p in people]):
-                yield pace.at(share * bench.cost(method), f"{wanted[file].subject.identity}, {method.name}")
-            pace.before += bench.cost(method)
+        for group in together(lacking(file)):
+            for done, method in bench.run(wanted[file], group, gallery, [p.subject.identity for p in people]):
+                yield pace.at(done, f"{wanted[file].subject.identity}, {method.name}")
+            pace.before += bench.cost(group)
     return write_report(bench.output, [m.name for m in chosen], left_out) if here().first else {}
 
 
 class Learnt(NamedTuple):
-    """What a method made of a photo."""
+    """What a method made of a photo; nobody where nothing is learnt."""
 
-    person: Person
-    parameters: int  # numbers that were trained
-    bytes: int  # of the file
+    person: Person | None = None
+    seconds: float = 0.0
+    parameters: int = 0  # numbers that were trained
+    bytes: int = 0  # of the file
+
+
+def together(methods: Sequence[Method]) -> list[list[Method]]:
+    """Methods that differ in their steps alone, side by side: one training serves them all, for its rate does not know its end."""
+    groups: dict[Method, list[Method]] = {}
+    for method in methods:
+        groups.setdefault(method if method.kind == PEER else replace(method, name="", steps=None), []).append(method)
+    return list(groups.values())
 
 
 class Bench:
@@ -175,66 +186,83 @@ class Bench:
         """Training steps of a method."""
         return 0 if method.kind in ("base", TRUE_PHOTOS) else self.settings(method).steps
 
-    def cost(self, method: Method) -> float:
-        """Of one person, in forward passes; a training step is three for each picture of its batch."""
-        pictures = 0 if method.kind == TRUE_PHOTOS else len(self.data.prompts) * self.personalizer.base.settings.inference_steps
-        return 1 + pictures + self.learning(method)
+    def cost(self, group: Sequence[Method]) -> float:
+        """Of one person and methods that learn together, in forward passes."""
+        return self.learning(group) + sum(self.drawing(method) for method in group)
 
-    def learning(self, method: Method) -> float:
-        """The learning's part of the cost."""
-        config = self.settings(method)
-        return 3 * config.batch_size * self.steps(method) * (2 if isinstance(config, AdaptConfig) and config.prior > 0 else 1)
+    def drawing(self, method: Method) -> float:
+        """The part of the cost that pictures and their scores have."""
+        return 1 + (0 if method.kind == TRUE_PHOTOS else len(self.data.prompts) * self.personalizer.base.settings.inference_steps)
 
-    def run(self, person: Someone, method: Method, gallery: np.ndarray, names: Sequence[str]) -> Iterator[float]:
-        """Learn, generate, score and write one person; yields the share that is done. A photo made too bad to learn from is a failure."""
+    def learning(self, group: Sequence[Method]) -> float:
+        """The learning's part of the cost; a training step is three forward passes for each picture of its batch."""
+        config = self.settings(group[0])
+        prior = 2 if isinstance(config, AdaptConfig) and config.prior > 0 else 1
+        return 3 * config.batch_size * prior * max(self.steps(method) for method in group)
+
+    def run(self, person: Someone, group: Sequence[Method], gallery: np.ndarray, names: Sequence[str]) -> Iterator[tuple[float, Method]]:
+        """Learn once; generate, score and write for each method; yields the cost that is done. A photo made too bad to learn from is a failure."""
         try:
-            rows = yield from self._rows(person, method, gallery, names)
+            learnt = yield from self._learn(person, group)
         except LostFace as error:
-            rows = self._fail(person, method, str(error))
+            for method in group:
+                self._write(person, method, self._fail(person, method, str(error)))
+            return
+        done = self.learning(group)
+        for method in group:
+            rows = yield from shown(self._rows(person, method, learnt[method.name], gallery, names), lambda share: (done + share * self.drawing(method), method))
+            self._write(person, method, rows)
+            done += self.drawing(method)
+            yield done, method
+
+    def _write(self, person: Someone, method: Method, rows: Sequence[dict[str, Any]]) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.path(person, method), lambda beside: beside.write_text(text, encoding="utf-8"))
-        yield 1.0
 
-    def _rows(self, person: Someone, method: Method, gallery: np.ndarray, names: Sequence[str]) -> Generator[float, None, list[dict[str, Any]]]:
-        learnt = None
+    def _rows(
+        self, person: Someone, method: Method, learnt: Learnt, gallery: np.ndarray, names: Sequence[str]
+    ) -> Generator[float, None, list[dict[str, Any]]]:
         if method.kind == TRUE_PHOTOS:
             items = person.subject.others
-            images, paths, texts, seconds = [load_photo(i.path) for i in items], [i.path for i in items], [i.text for i in items], 0.0
+            images, paths, texts = [load_photo(i.path) for i in items], [i.path for i in items], [i.text for i in items]
         else:
             images, paths, texts = [], [], self.data.prompts
-            learning = self.learning(method) / self.cost(method)
-            begin = time.perf_counter()
-            learnt = None if method.kind == "base" else (yield from self._learn(person, method, learning))
-            seconds = time.perf_counter() - begin
-            for image in self._pictures(person, learnt and learnt.person):
+            for image in self._pictures(person, learnt.person):
                 paths.append(save_png(image, self.path(person, method).with_name(f"{person.file}-{len(images)}.png")))
                 images.append(image)
-                yield learning + (1 - learning) * len(images) / (len(texts) + 1)
+                yield len(images) / (len(texts) + 1)
         rows = self._score(person, images, texts, gallery, names, method.kind == TRUE_PHOTOS)
-        for row, path in zip(rows, paths):
-            row |= {"method": method.name, "picture": os.path.relpath(path, self.output), "learn_seconds": round(seconds, 3)}
-            row |= {"parameters": learnt.parameters, "bytes": learnt.bytes} if learnt else {"parameters": 0, "bytes": 0}
-        return rows
+        own = {"method": method.name, "learn_seconds": round(learnt.seconds, 3), "parameters": learnt.parameters, "bytes": learnt.bytes}
+        return [{**row, **own, "picture": os.path.relpath(path, self.output)} for row, path in zip(rows, paths)]
 
-    def _learn(self, person: Someone, method: Method, share: float) -> Generator[float, None, Learnt]:
-        """Stage 2 on the references; our methods get the same crops, captions and draws, the peer the photos and the person's words."""
+    def _learn(self, person: Someone, group: Sequence[Method]) -> Generator[tuple[float, Method], None, dict[str, Learnt]]:
+        """Stage 2 on the references, by name of the method; ours get the same crops, captions and draws, the peer the photos and the words."""
+        method = max(group, key=self.steps)
+        if method.kind not in LEARNING:
+            return {each.name: Learnt() for each in group}
+        begin, learnt = time.perf_counter(), {}
         photos, domain, config = self._photos(person, method), person.subject.domain, self.settings(method)
-        p = self.personalizer
         if method.kind == PEER:
-            return self._of_the_peer(photos, domain, config)
-        if method.kind == "meta-lora":
-            steps = p.adapt_meta_steps(photos, domain, config)
-        else:
-            steps = p.adapt_plain_steps(photos, domain, method.rank, config)
-        identity = yield from shown(steps, lambda report: share * report.step / report.steps)
-        return Learnt(p.person(identity, self.strength), *_size(identity))
+            return {method.name: self._of_the_peer(photos, domain, config)}
+        p = self.personalizer
+        learn = partial(p.adapt_plain_steps, rank=method.rank) if method.kind == "lora" else p.adapt_meta_steps
+        with closing(learn(photos, domain, config=config)) as reports:
+            for report in reports:
+                seconds = time.perf_counter() - begin
+                for each in group:
+                    if self.steps(each) == report.step:
+                        identity = report.learnt()
+                        learnt[each.name] = Learnt(p.person(identity, self.strength), seconds, *_size(identity))
+                yield self.learning(group) * report.step / report.steps, method
+        return learnt
 
     def _of_the_peer(self, photos: Sequence[Image.Image], domain: str, config: peer.PeerConfig) -> Learnt:
+        begin = time.perf_counter()
         s, words = self.personalizer.base.settings, f"{self.personalizer.base.settings.trigger} {domain}"
         lora = peer.train(self.personalizer.base.folder, photos, f"a photo of {words}", s.train_resolution, s.max_sequence_length, config)
-        file = save(lora)
+        seconds, file = time.perf_counter() - begin, save(lora)
         person = Person(lora, words, hashlib.sha256(file).hexdigest(), self.strength)
-        return Learnt(person, sum(t.numel() for t in lora.values()), len(file))
+        return Learnt(person, seconds, sum(t.numel() for t in lora.values()), len(file))
 
     def _photos(self, person: Someone, method: Method) -> list[Image.Image]:
         """The references as the method is to see them. LostFace where one was made so much worse that its face is not found."""

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import drawing, peer
+from . import drawing, growth, peer
 from .adapter import attach, find_targets, random_downs, trainable
 from .base import Base
 from .cache import TrainingSet
@@ -186,16 +186,6 @@ def _measured(base: Base, case: Case, way: str, warmup: int, steps: int) -> dict
         return None
 
 
-def growth(usual: Case) -> list[Case]:
-    """The usual case, and cases that differ from it in one respect."""
-    values = {
-        "resolution": [usual.resolution * part // 64 * 16 for part in (2, 4, 6, 8)], "text_tokens": [usual.text_tokens * part // 4 for part in (1, 2, 4)],
-        "batch": [1, 2, 4, 8], "rank": [1, 4, 16], "meta_rank": [4, 16, 64],
-    }  # fmt: skip
-    cases = [replace(usual, **{name: value}) for name, several in values.items() for value in several]
-    return list(dict.fromkeys([usual, *cases, *(replace(usual, batch=4, people=people) for people in (1, 4, 16))]))
-
-
 def draw(base: Base, cases: Sequence[Case], warmup: int, pictures: int) -> list[dict[str, Any]]:
     """All ways of drawing on all cases, printed as they come."""
     rows = []
@@ -229,6 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, action="append", help="of a person, repeatable; the base's own when not given")
     parser.add_argument("--meta-rank", type=int, action="append", help="of Meta-Down, repeatable; the base's own when not given")
     parser.add_argument("--growth", action="store_true", help="also cases of which each differs in one respect: size, text, batch, ranks, people at a time")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --growth: a figure of it, .svg or .png")
     parser.add_argument("--draw", type=int, nargs="?", const=10, default=0, metavar="PICTURES", help="also pictures, so many in every way (%(const)s)")
     parser.add_argument("--way", action="append", choices=list(WAYS), metavar="WAY", help=f"one of {', '.join(WAYS)}; repeatable; all when not given")
     parser.add_argument("--script", type=int, nargs="?", const=100, default=0, metavar="STEPS", help="also diffusers' own training script, which is fetched, over so many steps (%(const)s)")
@@ -237,6 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
+    if given.plot and (not given.growth or given.plot.suffix not in (".svg", ".png")):
+        sys.exit("--plot wants --growth beside it, and a file that ends in .svg or .png.")
     if given.script and given.base in FULL_SIZE:
         sys.exit("diffusers' script reads its base from a folder; leave out --script, or choose another --base.")
     try:
@@ -249,11 +242,13 @@ def main(arguments: list[str] | None = None) -> None:
     s = base.settings
     asked = [given.resolution or [s.train_resolution], given.text or [s.max_sequence_length], given.batch or [1]]
     cases = [Case(*sizes) for sizes in product(*asked, given.rank or [s.adapter.rank], given.meta_rank or [s.adapter.meta_rank])]
-    cases = [each for case in cases for each in growth(case)] if given.growth else cases
+    cases = [each for case in cases for each in growth.cases(case)] if given.growth else cases
     ways = list(WAYS) if given.way is None else given.way
     with nullcontext() if given.base in FULL_SIZE else base.resident("transformer", "vae"):
         found = compare(base, cases, ways, given.warmup, given.steps, given.script)
         found["pictures"] = draw(base, cases[:1], min(2, given.warmup), given.draw) if given.draw else []
+    if given.plot:
+        growth.figure(found["steps"], cases[0]).savefig(given.plot)
     if given.json:
         given.json.write_text(json.dumps({**found, "machine": machine()}, indent=1) + "\n")
 

@@ -25,6 +25,8 @@ from .errors import MetaLoraError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from .identity import Identity
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -37,6 +39,7 @@ class StepReport:
     seconds_left: float
     preview: Image | None = None  # a small picture of the person, every now and then
     validation: float | None = None  # loss on people that were kept out, every now and then
+    learnt: Callable[[], Identity] | None = None  # the person as far as they are learnt, until the next step is asked for
 
 
 class Clock:

@@ -142,6 +142,23 @@ def without_places(folder) -> dict[str, list]:
 
 
 @pytest.mark.one_family
+def test_numbers_of_steps_share_one_training_and_are_what_each_alone_would_be(personalizer, people, tmp_path, monkeypatch):
+    trainings, begin = [], Personalizer.adapt_meta_steps
+    monkeypatch.setattr(Personalizer, "adapt_meta_steps", lambda self, *given, **more: trainings.append(more["config"].steps) or begin(self, *given, **more))
+    names = ["meta-lora@1", "meta-lora@5", "meta-lora@3"]
+    run(evaluate(personalizer, people, names, tmp_path / "together", limit=1))
+    assert trainings == [5]
+    for name in names:
+        run(evaluate(personalizer, people, [name], tmp_path / name, limit=1))
+    assert trainings == [5, 1, 5, 3]
+    alone = {key: rows for name in names for key, rows in without_places(tmp_path / name).items()}
+    both = without_places(tmp_path / "together")
+    assert both == alone and len({tuple(row["clip_i"] for row in both[f"{name}/000-ann"]) for name in names}) == 3
+    times = [read_rows(tmp_path / "together" / name)["000-ann"][0]["learn_seconds"] for name in names]
+    assert 0 < times[0] < times[2] < times[1]
+
+
+@pytest.mark.one_family
 def test_a_broken_run_goes_on(done, personalizer, people, tmp_path):
     broken = evaluate(personalizer, people, METHODS, tmp_path, steps=3)
     for _ in range(20):

@@ -25,7 +25,7 @@ FLOORS = [
     {"handlers"},
     {"samples", "page", "progress"},
     {"terminal", "bench", "standin"},
-    {"drawing"},
+    {"drawing", "growth"},
     {"speed"},
     {"cli"},
     {"__main__"},

