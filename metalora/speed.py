@@ -40,6 +40,7 @@ from .standin import FULL_SIZE, Case, random_base, random_pictures
 from .train import draw_rows, fit, flow_loss, optimizer
 
 PEER_RANK = 16  # what people train today
+SCRIPT = f"diffusers' script, rank {PEER_RANK}"
 
 
 @contextmanager
@@ -103,8 +104,8 @@ WAYS: dict[str, tuple[Callable[..., Any], bool]] = {
 }  # fmt: skip
 
 
-def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> dict[str, Any]:
-    """Milliseconds a step (median and 9th decile), peak memory beyond the weights, operations of a step, the first loss."""
+def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[list[float], dict[str, Any]]:
+    """Milliseconds of every step; beside it peak GPU memory and what autograd keeps beyond the weights, operations of a step, the first loss."""
     train, checkpointing = WAYS[way]
     data, gpu = random_pictures(base, case), base.device.type == "cuda"
     gc.collect()
@@ -123,9 +124,8 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> dict[s
             next(losses)  # it reads the loss, so the device has done its work
             times.append(1000 * (time.perf_counter() - begin))
         losses.close()
-    found = {"way": way, "ms a step": statistics.median(times), "9th decile": sorted(times)[int(0.9 * (len(times) - 1))], "first loss": first,
-             "tera-operations a step": counter.get_total_flops() / 1e12, "MiB kept for the way back": sum(kept.values()) / 2**20}  # fmt: skip
-    return found | ({"peak GiB beyond the weights": (torch.cuda.max_memory_allocated(base.device) - held) / GIB} if gpu else {})
+    found = {"first loss": first, "tera-operations a step": counter.get_total_flops() / 1e12, "MiB kept for the way back": sum(kept.values()) / 2**20}
+    return times, found | ({"peak GiB beyond the weights": (torch.cuda.max_memory_allocated(base.device) - held) / GIB} if gpu else {})
 
 
 @contextmanager
@@ -142,11 +142,11 @@ def _kept() -> Iterator[dict[int, int]]:
         yield places
 
 
-def measure_script(base: Base, case: Case, steps: int) -> dict[str, Any]:
-    """The same of diffusers' own script, run as it is on a made-up photo, in processes of its own."""
+def measure_script(base: Base, case: Case, steps: int) -> float:
+    """Milliseconds a step of diffusers' own script, run as it is on a made-up photo, in processes of its own."""
     photo = Image.effect_noise((case.resolution, case.resolution), 64).convert("RGB")
-    seconds = peer.seconds_a_step(base.folder, [photo], case.resolution, case.text_tokens, peer.PeerConfig(PEER_RANK, steps, batch_size=case.batch))
-    return {"way": f"diffusers' script, rank {PEER_RANK}", "ms a step": 1000 * seconds}
+    config = peer.PeerConfig(PEER_RANK, steps, batch_size=case.batch)
+    return 1000 * peer.seconds_a_step(base.folder, [photo], case.resolution, case.text_tokens, config)
 
 
 def matrix_rate(place: torch.device, dtype: torch.dtype) -> float:
@@ -161,23 +161,33 @@ def matrix_rate(place: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
-def compare(base: Base, cases: Sequence[Case], ways: Sequence[str], warmup: int, steps: int, script_steps: int = 0) -> dict[str, Any]:
+def compare(base: Base, cases: Sequence[Case], ways: Sequence[str], warmup: int, steps: int, script_steps: int = 0, rounds: int = 1) -> dict[str, Any]:
     """All ways on all cases, with their share of the roofline: the time that Meta-LoRA's operations take at the matrix rate.
 
-    With `script_steps`, diffusers' own script too, over so many steps.
+    The ways take turns for `rounds` rounds of so many steps each, so that what else the machine does hits all of them alike.
+    With `script_steps`, diffusers' own script too, over so many steps a round.
     """
     rate, rows = matrix_rate(base.device, base.dtype), []
     for case in cases:
-        found = [row for way in ways if (row := _measured(base, case, way, warmup, steps))]
-        least = 1000 * min((row["tera-operations a step"] for row in found), default=0) * 1e12 / rate
-        found += [measure_script(base, case, script_steps)] if script_steps else []
-        for row in found:
-            rows.append({**asdict(case), **row, "share of roofline": least / row["ms a step"]})
+        times: dict[str, list[float]] = {}
+        more: dict[str, dict[str, Any]] = {}
+        for _ in range(rounds):
+            for way in ways:
+                if found := _measured(base, case, way, warmup, steps):
+                    times.setdefault(way, []).extend(found[0])
+                    more[way] = found[1]
+            if script_steps:
+                times.setdefault(SCRIPT, []).append(measure_script(base, case, script_steps))
+        least = 1000 * min((row["tera-operations a step"] for row in more.values()), default=0) * 1e12 / rate
+        for way, each in times.items():
+            median = statistics.median(each)
+            figures = {"way": way, "ms a step": median, "9th decile": sorted(each)[int(0.9 * (len(each) - 1))], "share of roofline": least / median}
+            rows.append({**asdict(case), **figures, **more.get(way, {})})
             print(_line(rows[-1]), flush=True)
     return {"base": base.name, "dtype": str(base.dtype), "matrix tera-operations a second": rate / 1e12, "steps": rows}
 
 
-def _measured(base: Base, case: Case, way: str, warmup: int, steps: int) -> dict[str, Any] | None:
+def _measured(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[list[float], dict[str, Any]] | None:
     """What `measure` finds; None, and a line that says so, where the memory does not do for it."""
     try:
         return measure(base, case, way, warmup, steps)
@@ -223,8 +233,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--draw", type=int, nargs="?", const=10, default=0, metavar="PICTURES", help="also pictures, so many in every way (%(const)s)")
     parser.add_argument("--way", action="append", choices=list(WAYS), metavar="WAY", help=f"one of {', '.join(WAYS)}; repeatable; all when not given")
     parser.add_argument("--script", type=int, nargs="?", const=100, default=0, metavar="STEPS", help="also diffusers' own training script, which is fetched, over so many steps (%(const)s)")
-    parser.add_argument("--warmup", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--warmup", type=int, default=5, help="steps before, in every round (%(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="of every way in a round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="in which the ways take turns (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
@@ -245,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     cases = [each for case in cases for each in growth.cases(case)] if given.growth else cases
     ways = list(WAYS) if given.way is None else given.way
     with nullcontext() if given.base in FULL_SIZE else base.resident("transformer", "vae"):
-        found = compare(base, cases, ways, given.warmup, given.steps, given.script)
+        found = compare(base, cases, ways, given.warmup, given.steps, given.script, given.rounds)
         found["pictures"] = draw(base, cases[:1], min(2, given.warmup), given.draw) if given.draw else []
     if given.plot:
         growth.figure(found["steps"], cases[0]).savefig(given.plot)

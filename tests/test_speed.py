@@ -19,7 +19,7 @@ from .conftest import state_hash
 def test_all_ways_train_the_same_thing_and_leave_nothing_behind(base):
     before = state_hash(base.transformer)
     case = Case(resolution=base.settings.train_resolution, text_tokens=5, batch=2)
-    found = speed.compare(base, [case], list(speed.WAYS), warmup=0, steps=2)["steps"]
+    found = speed.compare(base, [case], list(speed.WAYS), warmup=0, steps=1, rounds=2)["steps"]
     assert state_hash(base.transformer) == before and not base.transformer.is_gradient_checkpointing
     losses = [row["first loss"] for row in found]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)  # Up starts at zero: the first step is the base's
@@ -42,7 +42,7 @@ def test_the_full_size_models_are_built_from_their_configs_alone(monkeypatch, tm
     small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
     monkeypatch.setattr(family, "configs", {**family.configs, "transformer": {**family.configs["transformer"], **small}})
     out = tmp_path / "speed.json"
-    speed.main(["--base", name, "--resolution", "32", "--text", "4", "--steps", "1", "--warmup", "0", "--device", "cpu", "--json", str(out)])
+    speed.main(["--base", name, "--resolution", "32", "--text", "4", "--steps", "1", "--warmup", "0", "--rounds", "1", "--device", "cpu", "--json", str(out)])
     found = json.loads(out.read_text())
     assert found["dtype"] == str(torch.bfloat16) and len(found["steps"]) == len(speed.WAYS) and "packages" in found["machine"]
 
