@@ -67,12 +67,13 @@ def adapt(
     preview: Preview | None = None,
     preview_every: int = 0,
     prior: TrainingSet | None = None,
+    face: Tensor | None = None,
 ) -> Generator[StepReport, None, Identity]:
     """Train one person on the encoded crops `data`; yields a report a step and returns the identity.
 
     Stopping early (close the generator, or throw into it) leaves the base as it was and keeps nothing. `preview` is called
     while the adapter is attached, every `preview_every` steps and after the last. `prior` are pictures of others of the
-    class, which count as `config.prior` says.
+    class, which count as `config.prior` says. `face` (d,) is the person's embedding, from which the Meta-Down may tell where to begin.
     """
     meta_down.check_base(base.name, base.fingerprint)
     generator = torch.Generator().manual_seed(config.seed)
@@ -80,7 +81,7 @@ def adapt(
     downs = {name: meta_down.tensors[name] for name in find_targets(base.transformer, shape.targets)} if config.skip_blocks else meta_down.tensors
     with attach(base.transformer, downs, shape) as adapter, base.resident("transformer"):
         adapter.start(generator)
-        adapter.start_at(meta_down.start, config.start_mid, config.start_up)
+        adapter.start_at(meta_down.start_for(face, config.start_face), config.start_mid, config.start_up)
         learnt = partial(_identity, base, adapter, config, meta_down.domain, meta_down=meta_down.name, meta_down_sha256=meta_down.sha256)
         yield from _steps(base, adapter, data, config, generator, learnt, preview, preview_every, prior)
         return learnt()

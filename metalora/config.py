@@ -57,6 +57,7 @@ class AdaptConfig:
     seed: int = 0
     start_mid: float = 1.0  # how far Mid begins at the Meta-Down's learnt start, where it has one; 0: as if it had none
     start_up: float = 1.0  # the same of Up; 0: the untrained adapter changes nothing
+    start_face: float = 1.0  # how far that start is the one which the face tells, where the Meta-Down can predict it; 0: the same for all
     up_rate: float = 1.0  # learning rate of Up, in that of the others [LoRA+, arXiv 2402.12354, section 4]
     # Factor on the adapter's scale; 1/sqrt(rank) is rsLoRA's [arXiv 2312.03732, section 3]. With Adam and an Up that begins at
     # zero it is the same as up_rate: gradients of Up grow by the factor, which Adam does not see, and its steps count for so much more.
@@ -85,6 +86,8 @@ class MetaConfig:
     flow: FlowConfig = field(default_factory=FlowConfig)
     seed: int = 0
     start_rate: float = 0.0  # how far the start goes towards the mean of each bucket's heads; 0: none is learnt
+    predict_rank: int = 0  # directions of the start that faces tell; 0: no predictor is fitted
+    predict_steps: int = 200  # that every bucket of people learns, with Down held, for the predictor to be fitted on
 
 
 @dataclass(frozen=True)

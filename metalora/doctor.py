@@ -107,7 +107,7 @@ def _meta_down(place: str, domain: str, base: str | None) -> dict[str, Any]:
     found = MetaDown.load(hub.meta_down_folder(place, domain, download=False))
     if base:
         found.check_base(settings_of(Path(base)).name or base, fingerprint(Path(base)))
-    return {"says": f"{found.name} for {found.domain}, rank {found.adapter.meta_rank}, {found.sha256[:8]}{', with a start' if found.start else ''}", "sha256": found.sha256, "domain": found.domain}
+    return {"says": f"{found.name} for {found.domain}, rank {found.adapter.meta_rank}, {found.sha256[:8]}{''.join(f', with {name}' for name in found.more)}", "sha256": found.sha256, "domain": found.domain}
 
 
 def _face_pack(settings: BaseSettings) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,6 +79,11 @@ class FaceFinder:
         """Embedding (512,) of the largest face, unit length, or None where there is no face."""
         found = self.detect(image)
         return found[0].embedding if found else None
+
+    def embed_all(self, images: Iterable[Image.Image]) -> np.ndarray:
+        """Embeddings (n, d) of the largest face of each picture that shows one."""
+        found = [embedding for image in images if (embedding := self.embed(image)) is not None]
+        return np.stack(found) if found else np.zeros((0, 512), np.float32)
 
     def _look(self, pixels: np.ndarray, padding: float) -> list[Face]:
         height, width = pixels.shape[:2]

@@ -29,7 +29,7 @@ PIPELINE_FILES = [
 ]  # fmt: skip
 ANSWER_WITHIN = 4  # seconds that the Hub may take for its first answer
 MODEL_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
-META_DOWN_FILES = ["meta_down.safetensors", "start.safetensors", "config.json", "README.md"]
+META_DOWN_FILES = ["meta_down.safetensors", "start.safetensors", "predictor.safetensors", "config.json", "README.md"]
 
 
 def catalog() -> dict[str, dict]:

@@ -8,12 +8,16 @@ With `start_rate` above 0 Mid and Up leave something behind, too [ours, beyond t
 subject of every bucket sets out, and which afterwards goes a part of the way towards the mean of where they came to. That is
 Reptile [arXiv 1803.02999, section 2; a bucket is a meta-batch]. A mean of heads that began at different random places would be
 worth nothing, since Up · Mid is the same with both signs turned; those that set out together stay comparable.
+
+With `predict_rank` above 0 everybody's Mid and Up are learnt once more in the end, from that start and with Down held, and a
+predictor is fitted that tells them from the face; see predict.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +35,7 @@ from .errors import MetaLoraError
 from .files import load_tensors, save_tensors
 from .metadown import MetaDown
 from .photo import load_photo
+from .predict import fit_predictor
 from .processes import here
 from .train import Clock, Share, StepReport, fit, flow_loss, optimizer
 
@@ -52,13 +57,14 @@ class _State:
 def meta_train(
     base: Base, subjects: int, bucket: Bucket, domain: str, config: MetaConfig, *,
     name: str, adapter: AdapterConfig | None = None, folder: str | Path | None = None, unseen: tuple[TrainingSet, TrainingSet] | None = None,
+    faces: Callable[[], Sequence[Tensor]] | None = None,
 ) -> Generator[StepReport, None, MetaDown]:  # fmt: skip
     """Learn Meta-Down from `subjects` subjects that `bucket` encodes on demand; yields a report a step.
 
     The generator's return value is the MetaDown. With a `folder`, its checkpoint is written every few rounds, and a run that
     finds one goes on from it exactly as if it had never stopped. In memory: `bucket=training_set.select`.
     With `unseen`, pictures of people who were kept out, to learn from and others to judge by, a report every few rounds
-    has the loss on the latter.
+    has the loss on the latter. For a predictor, `faces` gives the embeddings (photos, d) of every subject, which may be none.
     Under `accelerate launch` the processes share every batch: the result is that of one process, to rounding.
     Raises MetaLoraError where there are too few subjects or too many processes, or the checkpoint is of other settings.
     """
@@ -71,9 +77,12 @@ def meta_train(
     if share.world > config.batch_size:
         raise MetaLoraError(f"{share.world} processes cannot share batches of {config.batch_size}; start {config.batch_size} at most, or raise meta.batch_size in {SETTINGS_FILE}.")
     checkpoint = Path(folder) / CHECKPOINT if folder else None
-    stamp = {"config": repr(replace(config, rounds=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
+    if config.predict_rank and faces is None:
+        raise MetaLoraError("A predictor is fitted on faces, and none are given; leave meta.predict_rank at 0.")
+    stamp = {"config": repr(replace(config, rounds=0, predict_rank=0, predict_steps=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
     state = _resume(checkpoint, stamp) or _begin(base, shape, config)
-    clock = Clock(config.rounds * config.bucket_steps, state.round * config.bucket_steps)
+    buckets = -(-subjects // size) if config.predict_rank else 0
+    clock = Clock(config.rounds * config.bucket_steps + buckets * config.predict_steps, state.round * config.bucket_steps)
     with attach(base.transformer, state.downs, shape, size) as heads, base.resident("transformer"):
         for number in range(state.round, config.rounds):
             data = bucket(_members(subjects, size, number, config.seed)).to(base.device, base.dtype)
@@ -86,8 +95,19 @@ def meta_train(
                 _save(checkpoint, state, stamp)
             due = unseen is not None and config.validation_every and state.round % config.validation_every == 0
             yield clock.tick(last, validation=_validate(base, heads, unseen, config, state.start) if due else None)
-    summary = {**asdict(config), "subjects": subjects, "steps": clock.steps}
-    return MetaDown(state.downs, shape, name, domain, base.name, base.fingerprint, summary, start=state.start)
+        summary = {**asdict(config), "subjects": subjects, "steps": config.rounds * config.bucket_steps}
+        found = MetaDown(state.downs, shape, name, domain, base.name, base.fingerprint, summary, start=state.start)
+        if not config.predict_rank:
+            return found
+        people: list[Factors] = []
+        for number in range(buckets):
+            of_bucket = range(number * size, min((number + 1) * size, subjects))
+            kept = checkpoint and checkpoint.with_name(f"heads-{number:04d}.safetensors")
+            people += yield from _heads(base, heads, bucket, of_bucket, found, config, number, share, clock, kept)
+    with_face = [(person, face) for person, face in zip(people, faces()) if len(face)]
+    predictor, explained = fit_predictor(*zip(*with_face), config.predict_rank)
+    summary = {**summary, "people predicted from": len(with_face), "variance of others explained": round(explained, 4)}
+    return replace(found, training=summary, predictor=predictor)
 
 
 def _begin(base: Base, shape: AdapterConfig, config: MetaConfig) -> _State:
@@ -132,6 +152,40 @@ def _round(base: Base, heads: Adapter, data: TrainingSet, state: _State, config:
     yield from fit(base, heads, data, [of_heads, of_down], steps=config.bucket_steps - config.warmup_steps, **common)
     heads.train_down(False)
     state.moments = _moments(of_down, heads)
+
+
+def _heads(
+    base: Base, heads: Adapter, bucket: Bucket, subjects: Sequence[int], found: MetaDown, config: MetaConfig, number: int, share: Share,
+    clock: Clock, kept: Path | None,
+) -> Generator[StepReport, None, list[Factors]]:  # fmt: skip
+    """Mid and Up of these subjects, learnt from the common start with Down held; read from the file `kept` where they lie there already."""
+    stamp = {"meta_down": found.stamp, "seed": str(config.seed), "steps": str(config.predict_steps), "subjects": f"{subjects[0]}-{subjects[-1]}"}
+    if kept and kept.is_file():
+        tensors, said = load_tensors(kept, "heads of a stage 1")
+        if said == stamp:
+            clock.skip(config.predict_steps)
+            return _unstacked(tensors, list(heads.layers))
+    generator = torch.Generator().manual_seed(hash((config.seed, 4, number)) % 2**63)
+    data = bucket(subjects).to(base.device, base.dtype)
+    heads.start(torch.Generator().manual_seed(hash((config.seed, 3)) % 2**63))  # the same for all buckets, so that all stay comparable
+    heads.start_at(found.start)
+    of_heads = optimizer(heads.heads(), config.learning_rate, config.weight_decay)
+    losses = fit(
+        base, heads, data, [of_heads], steps=config.predict_steps, batch_size=config.batch_size, generator=generator,
+        flow_config=config.flow, max_grad_norm=config.max_grad_norm, share=share,
+    )  # fmt: skip
+    for loss in losses:
+        yield clock.tick(loss)
+    stacked = {f"{name}.{part}": t.detach()[: len(subjects)].cpu() for name, layer in heads.layers.items() for part, t in (("mid", layer.mid), ("up", layer.up))}
+    if kept and share.rank == 0:
+        save_tensors(kept, stacked, stamp)
+    return _unstacked(stacked, list(heads.layers))
+
+
+def _unstacked(tensors: dict[str, Tensor], layers: Sequence[str]) -> list[Factors]:
+    """People's Mid and Up one by one, from layers' (n, ...)."""
+    count = len(tensors[f"{layers[0]}.mid"])
+    return [{name: (tensors[f"{name}.mid"][i].clone(), tensors[f"{name}.up"][i].clone()) for name in layers} for i in range(count)]
 
 
 def _validate(base: Base, heads: Adapter, unseen: tuple[TrainingSet, TrainingSet], config: MetaConfig, start: Factors) -> float:
@@ -211,4 +265,13 @@ def learn_domain(
     learnt, unseen = kept_out(people, min(config.validation_people, config.bucket_size))
     halves = [[s.items[k::2] for s in unseen] for k in (0, 1)]
     judged = tuple(bucket_of_photos(base, half, words)(range(len(half))) for half in halves) if unseen else None
-    return meta_train(base, len(learnt), bucket_of_photos(base, [s.items for s in learnt], words), domain, config, name=name, folder=folder, unseen=judged)
+    faces = partial(_faces, base, learnt) if config.predict_rank else None
+    return meta_train(base, len(learnt), bucket_of_photos(base, [s.items for s in learnt], words), domain, config, name=name, folder=folder, unseen=judged, faces=faces)
+
+
+def _faces(base: Base, people: Sequence[Subject]) -> list[Tensor]:
+    """Embeddings (photos, d) of everybody, of the photos in which a face is found."""
+    from .face import FaceFinder
+
+    finder = FaceFinder(base.settings.face_pack, base.settings.det_size)
+    return [torch.from_numpy(finder.embed_all(load_photo(item.path) for item in person.items)) for person in people]

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
@@ -17,8 +18,10 @@ from .config import FORMAT_VERSION, AdapterConfig, overlay
 from .errors import MetaLoraError
 from .files import load_tensors, save_json, save_tensors, write_atomically
 from .licence import front_matter, notice
+from .predict import Predictor
 
-TENSORS, START, CONFIG, CARD = "meta_down.safetensors", "start.safetensors", "config.json", "README.md"
+TENSORS, START, PREDICTOR, CONFIG, CARD = "meta_down.safetensors", "start.safetensors", "predictor.safetensors", "config.json", "README.md"
+MORE = {START: "start_sha256", PREDICTOR: "predictor_sha256"}  # files that a Meta-Down may have, and where config.json names their hash
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +37,7 @@ class MetaDown:
     training: dict[str, Any] = field(default_factory=dict)
     licence: str = "cc0-1.0"
     start: Factors = field(default_factory=dict)  # layer name → Mid, Up that a new person begins with; none: fresh ones
+    predictor: Predictor | None = None  # tells a start of one's own from the face
 
     @cached_property
     def sha256(self) -> str:
@@ -41,24 +45,31 @@ class MetaDown:
         return hashlib.sha256(save_bytes({k: v.contiguous() for k, v in self.tensors.items()})).hexdigest()
 
     @cached_property
-    def start_sha256(self) -> str:
-        """SHA-256 of `start.safetensors` as `save` writes it; empty where there is no start."""
-        return hashlib.sha256(save_bytes(self._start_tensors())).hexdigest() if self.start else ""
+    def more(self) -> dict[str, tuple[dict[str, Tensor], str]]:
+        """Files beside `meta_down.safetensors` as `save` writes them: their tensors and SHA-256."""
+        start = {f"{name}.{part}": t.contiguous() for name, pair in self.start.items() for part, t in zip(("mid", "up"), pair)}
+        files = {START: start, PREDICTOR: self.predictor.tensors() if self.predictor else {}}
+        return {name: (tensors, hashlib.sha256(save_bytes(tensors)).hexdigest()) for name, tensors in files.items() if tensors}
 
     @property
     def stamp(self) -> str:
-        """What tells apart two Meta-Downs whose people come out differently: the SHA-256, and that of the start where there is one."""
-        return "+".join(filter(None, (self.sha256, self.start_sha256)))
+        """What tells apart two Meta-Downs whose people come out differently: the SHA-256 of every file."""
+        return "+".join([self.sha256, *(sha256 for _, sha256 in self.more.values())])
 
-    def _start_tensors(self) -> dict[str, Tensor]:
-        return {f"{name}.{part}": t.contiguous() for name, pair in self.start.items() for part, t in zip(("mid", "up"), pair)}
+    def start_for(self, face: Tensor | None, share: float) -> Factors:
+        """Mid and Up that somebody with that embedding (d,) begins with: this share of the way from everybody's start to their own."""
+        if self.predictor is None or face is None or share == 0:
+            return self.start
+        own = self.predictor.start(face)
+        common = self.start or {name: (mid[0], up[0]) for name, (mid, up) in self.predictor.basis.items()}
+        return {name: tuple(torch.lerp(old, new, share) for old, new in zip(common[name], own[name])) for name in own}
 
     def save(self, folder: str | Path) -> Path:
-        """Write the folder: tensors, the start where there is one, config.json, model card. Every file is complete or absent."""
+        """Write the folder: tensors, start and predictor where there are any, config.json, model card. Every file is complete or absent."""
         folder = Path(folder)
         save_tensors(folder / TENSORS, self.tensors)
-        if self.start:
-            save_tensors(folder / START, self._start_tensors())
+        for name, (tensors, _) in self.more.items():
+            save_tensors(folder / name, tensors)
         config = {
             "format_version": FORMAT_VERSION,
             "name": self.name,
@@ -69,7 +80,7 @@ class MetaDown:
             "training": self.training,
             "licence": self.licence,
             "sha256": self.sha256,
-        } | ({"start_sha256": self.start_sha256} if self.start else {})
+        } | {MORE[name]: sha256 for name, (_, sha256) in self.more.items()}
         write_atomically(folder / CARD, lambda beside: beside.write_text(model_card(self), encoding="utf-8"))
         save_json(folder / CONFIG, config)
         return folder
@@ -88,9 +99,13 @@ class MetaDown:
         if version > FORMAT_VERSION:
             raise MetaLoraError(f"The Meta-Down in {folder} was made by a newer Meta-LoRA; update this one.")
         tensors, _ = load_tensors(folder / TENSORS, "a Meta-Down")
-        meta_down = cls(tensors, adapter, **values, start=_load_start(folder / START, tensors) if config.get("start_sha256") else {})
-        for file, named, found in ((TENSORS, "sha256", meta_down.sha256), (START, "start_sha256", meta_down.start_sha256)):
-            if config.get(named) not in (None, found):
+        named = {name for name, key in MORE.items() if config.get(key)}
+        start = _load_start(folder / START, tensors) if START in named else {}
+        predictor = _load_predictor(folder / PREDICTOR, tensors) if PREDICTOR in named else None
+        meta_down = cls(tensors, adapter, **values, start=start, predictor=predictor)
+        hashes = {TENSORS: ("sha256", meta_down.sha256)} | {name: (MORE[name], sha256) for name, (_, sha256) in meta_down.more.items()}
+        for file, (key, found) in hashes.items():
+            if config.get(key) not in (None, found):
                 raise MetaLoraError(f"The Meta-Down in {folder} is damaged: {file} is not the file that its {CONFIG} names; get it afresh.")
         return meta_down
 
@@ -107,7 +122,8 @@ def is_complete(folder: Path) -> bool:
     """Whether all files that a Meta-Down's config.json speaks of are there."""
     if not ((folder / TENSORS).is_file() and (folder / CONFIG).is_file()):
         return False
-    return (folder / START).is_file() or '"start_sha256"' not in (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+    config = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+    return all((folder / name).is_file() for name, key in MORE.items() if f'"{key}"' in config)
 
 
 def _load_start(path: Path, downs: dict[str, Tensor]) -> Factors:
@@ -117,11 +133,20 @@ def _load_start(path: Path, downs: dict[str, Tensor]) -> Factors:
     return {name: (tensors[f"{name}.mid"], tensors[f"{name}.up"]) for name in downs}
 
 
+def _load_predictor(path: Path, downs: dict[str, Tensor]) -> Predictor:
+    tensors, _ = load_tensors(path, "the predictor of a Meta-Down")
+    try:
+        return Predictor.of(tensors, list(downs))
+    except KeyError as error:
+        raise MetaLoraError(f"{path} does not fit the Meta-Down beside it; get the folder afresh.") from error
+
+
 def model_card(meta_down: MetaDown) -> str:
     """The README.md of a Meta-Down folder, with the Hub's front matter."""
     m, a = meta_down, meta_down.adapter
     training = "\n".join(f"- {key}: {value}" for key, value in m.training.items()) or "- not recorded"
-    start = f"\n- {START}, Mid and Up that a new person begins with: SHA-256 {m.start_sha256}" if m.start else ""
+    says = {START: "Mid and Up that a new person begins with", PREDICTOR: "which tells such a start of one's own from the face"}
+    more = "".join(f"\n- {name}, {says[name]}: SHA-256 {sha256}" for name, (_, sha256) in m.more.items())
     return f"""---
 {front_matter(m.base, m.licence)}
 base_model: {m.base}
@@ -137,7 +162,7 @@ Method: "Meta-LoRA: Meta-Learning LoRA Components for Domain-Aware ID Personaliz
 - base fingerprint: {m.base_fingerprint}
 - ranks: Meta-Down {a.meta_rank}, person {a.rank}; scale {a.scale}
 - adapted layers: {len(m.tensors)}, those that match `{a.targets}`
-- SHA-256 of {TENSORS}: {m.sha256}{start}
+- SHA-256 of {TENSORS}: {m.sha256}{more}
 
 ## Training
 {training}

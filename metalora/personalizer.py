@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -36,6 +37,14 @@ PRIOR_PICTURES = 16  # that the base makes of the class, where they are learnt a
 PREVIEW_STEPS = 10  # denoising steps of a preview, at most
 
 
+class Encoded(NamedTuple):
+    """Photos of somebody as stage 2 takes them."""
+
+    key: Any  # tells apart photos and settings
+    data: cache.TrainingSet
+    face: np.ndarray  # (d,) float32, unit length: the mean of the photos' embeddings
+
+
 class Personalizer:
     """A base model with its Meta-Downs. One piece of work at a time; not for use from several threads at once."""
 
@@ -47,7 +56,7 @@ class Personalizer:
         self.clip = Clip(base.settings.clip)
         self._captioner = Captioner(self.clip, base.settings.caption_phrases)
         self._running: Generator | None = None
-        self._encoded: tuple[Any, cache.TrainingSet] | None = None
+        self._encoded: Encoded | None = None
         self._prior: tuple[Any, cache.TrainingSet] | None = None
 
     @classmethod
@@ -161,7 +170,7 @@ class Personalizer:
         self, photos: Photo | Sequence[Photo], domain: str, config: AdaptConfig, *, face: int | None = None, preview_every: int = 0
     ) -> Generator[StepReport, None, Identity]:
         """The same with the domain's Meta-Down and settings of one's own."""
-        return self._start(partial(stage2.adapt, self.base, self.meta_down(domain)), photos, domain, config, face, preview_every)
+        return self._start(partial(self._learn_meta, self.meta_down(domain)), photos, domain, config, face, preview_every)
 
     def adapt_plain_steps(
         self, photos: Photo | Sequence[Photo], domain: str, rank: int, config: AdaptConfig, *, face: int | None = None, preview_every: int = 0
@@ -169,6 +178,10 @@ class Personalizer:
         """The same as an ordinary LoRA of that rank, for comparison, or for a base without a Meta-Down."""
         shape = replace(self.base.settings.adapter, rank=rank)
         return self._start(partial(stage2.adapt_plain, self.base, shape, domain), photos, domain, config, face, preview_every)
+
+    def _learn_meta(self, meta_down: MetaDown, data: cache.TrainingSet, config: AdaptConfig, **more: Any) -> Generator[StepReport, None, Identity]:
+        """Stage 2 from where the face in the photos, which were encoded last, says."""
+        return stage2.adapt(self.base, meta_down, data, config, face=torch.from_numpy(self._encoded.face), **more)
 
     def _start(
         self, learn: Method, photos: Any, domain: str, config: AdaptConfig, face: int | None, preview_every: int
@@ -195,15 +208,17 @@ class Personalizer:
         images = [load_photo(photo) for photo in photos]
         seen = [(image.size, hashlib.sha256(image.tobytes()).digest()) for image in images]
         key = (seen, domain, face, config.crops, config.margin, config.background, config.seed)
-        if self._encoded is None or self._encoded[0] != key:
-            self._encoded = key, self._encode(images, domain, config, face)
-        return self._encoded[1]
+        if self._encoded is None or self._encoded.key != key:
+            faces = [self.pick(image, face) for image in images]
+            mean = np.mean([found.embedding for found in faces], axis=0)
+            self._encoded = Encoded(key, self._encode(images, faces, domain, config), mean / np.linalg.norm(mean))
+        return self._encoded.data
 
-    def _encode(self, images: Sequence[Image.Image], domain: str, config: AdaptConfig, face: int | None) -> cache.TrainingSet:
+    def _encode(self, images: Sequence[Image.Image], faces: Sequence[Face], domain: str, config: AdaptConfig) -> cache.TrainingSet:
         settings = self.base.settings
         crops, masks, captions = [], [], []
-        for number, image in enumerate(images):
-            box = self.pick(image, face).box
+        for number, (image, found) in enumerate(zip(images, faces)):
+            box = found.box
             cut, mask = (  # the mask is cut as the photo is
                 stage2.crops(picture, box, settings.train_resolution, config, config.seed + number)
                 for picture in (image, stage2.face_mask(image.size, box, config.background))

@@ -56,6 +56,11 @@ class Clock:
         return StepReport(self.done, self.steps, loss, speed, (self.steps - self.done) / speed, preview, validation)
 
 
+    def skip(self, steps: int) -> None:
+        """Count steps that were done in an earlier run; they say nothing about the speed."""
+        self.done, self._before = self.done + steps, self._before + steps
+
+
 def optimizer(parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW in its fused form: one call updates the many small factors."""
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)

@@ -10,6 +10,7 @@ FLOORS = [
     {"errors"},
     {"config", "licence"},
     {"flow", "family", "adapter", "fold", "files", "photo", "face", "clip"},
+    {"predict"},
     {"flux", "flux2", "data", "metadown", "prompts", "degrade", "processes", "dino"},
     {"families"},
     {"identity", "hub", "plan"},

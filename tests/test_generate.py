@@ -206,7 +206,7 @@ def test_opening_a_pipeline_of_no_known_family_is_a_sentence(tiny_base, tmp_path
 class OneFace:
     """Stands in for the face finder: the face fills the middle of every photo."""
 
-    box = (8, 8, 24, 24)
+    box, embedding = (8, 8, 24, 24), np.eye(1, 512, dtype=np.float32)[0]
 
     def pick(self, image, face=None):
         return self

@@ -54,7 +54,7 @@ def server(tiny_base):
     files = {str(p.relative_to(tiny_base)): p.read_bytes() for p in tiny_base.rglob("*") if p.is_file()}
     unneeded = {"flux1-dev.safetensors": b"24 GB", "transformer/pytorch.bin": b"pickle", "images/a.png": b""}
     partial = {k: v for k, v in files.items() if not k.startswith("vae/")}
-    downs = {"meta_down.safetensors": b"", "start.safetensors": b"", "config.json": b"{}", "README.md": b"", "photo.jpg": b""}
+    downs = {"meta_down.safetensors": b"", "start.safetensors": b"", "predictor.safetensors": b"", "config.json": b"{}", "README.md": b"", "photo.jpg": b""}
     server = HubServer({"org/flux": {**files, **unneeded}, "org/gated": files, "org/partial": partial, "org/down": downs}, {"org/gated"})
     yield server
     server.shutdown()
@@ -72,7 +72,7 @@ def test_the_hub_answers_in_folders_and_sentences(server, tiny_base, tmp_path):
     assert "org/gated is gated: accept its licence at " + server.url in said["base:org/gated"] and "HF_TOKEN" in said["base:org/gated"]
     assert "no org/none on the Hub" in said["base:org/none"]
     assert "lacks files" in said["base:org/partial"]
-    assert said["down:org/down"] == ["README.md", "config.json", "meta_down.safetensors", "start.safetensors"]
+    assert said["down:org/down"] == ["README.md", "config.json", "meta_down.safetensors", "predictor.safetensors", "start.safetensors"]
     assert "no folder no such name" in said["base:no such name"]
 
     # What is here needs no network; a file that is missing here does, and that is said.

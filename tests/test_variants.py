@@ -75,7 +75,7 @@ def test_a_start_travels_with_its_folder_and_leaves_the_hash_alone(started, tmp_
     assert bare.sha256 == started.sha256 != started.stamp != bare.stamp
     again = MetaDown.load(started.save(tmp_path))
     assert equal(again.start, started.start) and again.stamp == started.stamp
-    assert started.start_sha256 in (tmp_path / "README.md").read_text() and START in META_DOWN_FILES and is_complete(tmp_path)
+    assert started.more[START][1] in (tmp_path / "README.md").read_text() and START in META_DOWN_FILES and is_complete(tmp_path)
     other = {name: (mid + 1, up) for name, (mid, up) in started.start.items()}
     replace(started, start=other).save(tmp_path / "other")
     (tmp_path / "other" / START).replace(tmp_path / START)

@@ -8,17 +8,22 @@ import json
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from metalora import cache
 from metalora.base import Base
 from metalora.config import overlay
+from metalora.face import FaceFinder
 from metalora.meta import meta_train
 from metalora.miniature.captions import TRIGGER, caption
 from metalora.miniature.shards import Shards, load_shards
 from metalora.prompts import mirrored
+
+FACES = 4  # pictures of a person that are embedded for a predictor
 
 
 def training_set(base: Base, shards: Shards, domain: str, seed: int = 0) -> cache.TrainingSet:
@@ -31,6 +36,17 @@ def training_set(base: Base, shards: Shards, domain: str, seed: int = 0) -> cach
     texts = [caption(record["attributes"], rng, f"{TRIGGER} {domain}") for record in chosen.records]
     images = chosen.images.float() / 127.5 - 1  # (n, 3, size, size)
     return cache.encode(base, torch.cat([images, images.flip(-1)]), [*texts, *map(mirrored, texts)], subjects * 2)
+
+
+def faces_of(base: Base, shards: Shards, domain: str) -> list[torch.Tensor]:
+    """Embeddings (pictures, d) of the people of one domain, in the order of `training_set`, of some pictures each."""
+    finder = FaceFinder(base.settings.face_pack, base.settings.det_size)
+    pictures: dict[int, list[int]] = {}
+    for i, record in enumerate(shards.records):
+        if record["domain"] == domain:
+            pictures.setdefault(record["person"], []).append(i)
+    return [torch.from_numpy(finder.embed_all(Image.fromarray(shards.images[i].permute(1, 2, 0).numpy()) for i in pictures[person][:FACES]))
+            for person in sorted(pictures)]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     training, _ = load_shards(*arguments.data).split()
     data = training_set(base, training, arguments.domain)
     run = meta_train(base, data.subjects, data.select, arguments.domain, config,
-                     name=f"{base.name}/{arguments.domain}", folder=arguments.work)
+                     name=f"{base.name}/{arguments.domain}", folder=arguments.work,
+                     faces=partial(faces_of, base, training, arguments.domain))
     smooth, shown = None, 0.0
     while True:
         try:
