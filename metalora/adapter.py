@@ -108,13 +108,18 @@ class ThreeFactorLinear(nn.Module):
     def __init__(self, base: nn.Linear, down: Tensor, count: int, config: AdapterConfig, route: Route):
         super().__init__()
         device = base.weight.device
-        self.base, self.route, self.scale = base, route, config.scale
+        self.route, self.scale = route, config.scale
+        self.hold(base)
         self.down = nn.Parameter(down.to(device, torch.float32), requires_grad=False)  # (r_m, d_in)
         self.mid = nn.Parameter(torch.zeros(count, config.rank, len(down), device=device))  # (n, r, r_m)
         self.up = nn.Parameter(torch.zeros(count, base.out_features, config.rank, device=device))  # (n, d_out, r)
 
+    def hold(self, base: nn.Linear) -> None:
+        """Stand on this layer from now on."""
+        self.base, self.is_torchao = base, is_torchao(base)  # looked up once, since a compiler cannot follow it
+
     def forward(self, x: Tensor) -> Tensor:
-        y = Frozen.apply(x, self.base) if is_torchao(self.base) else self.base(x)
+        y = Frozen.apply(x, self.base) if self.is_torchao else self.base(x)
         if self.route.rows is None:
             return y + self.scale * delta(x, self.down, self.mid[0], self.up[0], keep_input=self.down.requires_grad or x.device.type == "cpu")
         rows = self.route.rows
@@ -145,7 +150,7 @@ class Adapter:
     def move_to(self, transformer: nn.Module) -> None:
         """Go over to the same transformer in another precision, with all that was learnt."""
         for name, layer in self.layers.items():
-            layer.base = transformer.get_submodule(name)
+            layer.hold(transformer.get_submodule(name))
         self._join(transformer)
 
     def __enter__(self) -> Adapter:

@@ -137,6 +137,16 @@ class Base:
             self.pipeline = _load_pipeline(self.folder, self.family, below)
         self._settle()
 
+    @contextmanager
+    def compiled(self, **how: Any) -> Iterator[None]:
+        """Every kind of the transformer's blocks compiled meanwhile, in one piece. Who comes next, to be learnt or folded in, finds it compiled."""
+        try:
+            self.transformer.compile_repeated_blocks(fullgraph=True, **how)
+            yield
+        finally:
+            for module in self.transformer.modules():
+                module._compiled_call_impl = None
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Text:
         """Embeddings of n prompts."""

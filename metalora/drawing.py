@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,12 +15,23 @@ from .base import Base
 from .generate import Person, render, unload_people, use_people
 from .standin import Case, random_person, random_text
 
-WAYS: dict[str, bool | None] = {"the base, nobody": None, "a person, folded in": True, "a person, loaded by diffusers": False}  # whether the plan folds
+
+class Way(NamedTuple):
+    """A way of drawing."""
+
+    folds: bool | None  # None: nobody is in
+    compiled: bool = False
+
+
+WAYS = {
+    "the base, nobody": Way(None), "a person, folded in": Way(True), "a person, loaded by diffusers": Way(False),
+    "the base, compiled": Way(None, True), "a person, folded in, compiled": Way(True, True),
+}  # fmt: skip
 SWITCHES = 10  # from one person to the other
 
 
-def measure(base: Base, case: Case, warmup: int, pictures: int, guidance: float | None = None) -> list[dict[str, Any]]:
-    """Seconds a picture (median), over those of the bare base, and seconds to switch to another person, of every way.
+def measure(base: Base, case: Case, warmup: int, pictures: int, guidance: float | None = None, compiled: bool = False) -> list[dict[str, Any]]:
+    """Seconds a picture (median), over those of the bare base, and seconds to switch to another person, of every way; the compiled ones if asked.
 
     The ways take turns, picture by picture, so that what else the machine does hits all of them alike.
     """
@@ -28,18 +39,20 @@ def measure(base: Base, case: Case, warmup: int, pictures: int, guidance: float 
     guidance = settings.guidance if guidance is None else guidance
     text = random_text(base, case.text_tokens, len(base.family.prompts_of_a_picture(base.pipeline, "", guidance)))
     people = [random_person(base, case.rank, seed) for seed in range(2)]
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    ways = {name: way for name, way in WAYS.items() if compiled or not way.compiled}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(warmup + pictures):
-        for way, folds in WAYS.items():
-            with held(base, folds, people):
+        for name, way in ways.items():
+            with held(base, way.folds, people), base.compiled() if way.compiled else nullcontext():
                 begin = time.perf_counter()
                 render(base, text, case.resolution, case.resolution, settings.inference_steps, guidance, turn)
-                seconds[way].append(time.perf_counter() - begin)
-    bare = statistics.median(next(iter(seconds.values()))[warmup:])
+                seconds[name].append(time.perf_counter() - begin)
+    medians = {name: statistics.median(times[warmup:]) for name, times in seconds.items()}
+    bare = {way.compiled: medians[name] for name, way in ways.items() if way.folds is None}
     return [
-        {"way": way, "seconds a picture": (median := statistics.median(seconds[way][warmup:])), "over the base": median / bare,
-         **({} if folds is None else {"seconds to switch": _switch(base, folds, people)})}
-        for way, folds in WAYS.items()
+        {"way": name, "seconds a picture": medians[name], "over the base": medians[name] / bare[way.compiled],
+         **({} if way.folds is None else {"seconds to switch": _switch(base, way.folds, people)})}
+        for name, way in ways.items()
     ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import metalora  # noqa: F401  before torch: it sets how threads wait
 import torch
@@ -98,24 +98,35 @@ def _checkpointing(transformer: Any, on: bool) -> Iterator[None]:
         (transformer.enable_gradient_checkpointing if before else transformer.disable_gradient_checkpointing)()
 
 
-WAYS: dict[str, tuple[Callable[..., Any], bool]] = {
-    "Meta-LoRA": (meta_lora, False), "Meta-LoRA, checkpointing": (meta_lora, True),
-    f"PEFT LoRA of rank {PEER_RANK}": (peft_lora, False), f"PEFT LoRA of rank {PEER_RANK}, checkpointing": (peft_lora, True),
+class Way(NamedTuple):
+    """A way of training."""
+
+    train: Callable[..., Any]
+    checkpointing: bool = False
+    compiled: bool = False
+
+
+PEFT = f"PEFT LoRA of rank {PEER_RANK}"
+WAYS = {
+    "Meta-LoRA": Way(meta_lora), "Meta-LoRA, checkpointing": Way(meta_lora, checkpointing=True), "Meta-LoRA, compiled": Way(meta_lora, compiled=True),
+    PEFT: Way(peft_lora), f"{PEFT}, checkpointing": Way(peft_lora, checkpointing=True),
 }  # fmt: skip
 
 
 def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[list[float], dict[str, Any]]:
     """Milliseconds of every step; beside it peak GPU memory and what autograd keeps beyond the weights, operations of a step, the first loss."""
-    train, checkpointing = WAYS[way]
+    train, checkpointing, compiled = WAYS[way]
     data, gpu = random_pictures(base, case), base.device.type == "cuda"
     gc.collect()
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(base.device)
         held = torch.cuda.memory_allocated(base.device)
-    with train(base, data, case, checkpointing) as losses:
+    with train(base, data, case, checkpointing) as losses, base.compiled() if compiled else nullcontext():
+        begin = time.perf_counter()
         with FlopCounterMode(display=False) as counter, _kept() as kept:
             first = next(losses)
+        to_first = time.perf_counter() - begin
         for _ in range(warmup):
             next(losses)
         times = []
@@ -124,7 +135,7 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[
             next(losses)  # it reads the loss, so the device has done its work
             times.append(1000 * (time.perf_counter() - begin))
         losses.close()
-    found = {"first loss": first, "tera-operations a step": counter.get_total_flops() / 1e12, "MiB kept for the way back": sum(kept.values()) / 2**20}
+    found = {"first loss": first, "s to the first step": to_first, "tera-operations a step": counter.get_total_flops() / 1e12, "MiB kept for the way back": sum(kept.values()) / 2**20}
     return times, found | ({"peak GiB beyond the weights": (torch.cuda.max_memory_allocated(base.device) - held) / GIB} if gpu else {})
 
 
@@ -175,7 +186,7 @@ def compare(base: Base, cases: Sequence[Case], ways: Sequence[str], warmup: int,
             for way in ways:
                 if found := _measured(base, case, way, warmup, steps):
                     times.setdefault(way, []).extend(found[0])
-                    more[way] = found[1]
+                    more.setdefault(way, found[1])
             if script_steps:
                 times.setdefault(SCRIPT, []).append(measure_script(base, case, script_steps))
         least = 1000 * min((row["tera-operations a step"] for row in more.values()), default=0) * 1e12 / rate
@@ -200,7 +211,7 @@ def draw(base: Base, cases: Sequence[Case], warmup: int, pictures: int) -> list[
     """All ways of drawing on all cases, printed as they come."""
     rows = []
     for case in dict.fromkeys(replace(case, batch=1, people=1) for case in cases):
-        for row in drawing.measure(base, case, warmup, pictures):
+        for row in drawing.measure(base, case, warmup, pictures, compiled=base.device.type == "cuda"):
             rows.append({"resolution": case.resolution, "text_tokens": case.text_tokens, "rank": case.rank, **row})
             switch = f"  {1000 * row['seconds to switch']:.0f} ms to switch to another" if "seconds to switch" in row else ""
             print(f"{_size(case):60} {row['way']:34} {row['seconds a picture']:8.3f} s  {row['over the base']:5.0%} of the base's{switch}", flush=True)
@@ -231,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--growth", action="store_true", help="also cases of which each differs in one respect: size, text, batch, ranks, people at a time")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="with --growth: a figure of it, .svg or .png")
     parser.add_argument("--draw", type=int, nargs="?", const=10, default=0, metavar="PICTURES", help="also pictures, so many in every way (%(const)s)")
-    parser.add_argument("--way", action="append", choices=list(WAYS), metavar="WAY", help=f"one of {', '.join(WAYS)}; repeatable; all when not given")
+    parser.add_argument("--way", action="append", choices=list(WAYS), metavar="WAY", help=f"one of {', '.join(WAYS)}; repeatable; all when not given, on a CPU without the compiled ones")
     parser.add_argument("--script", type=int, nargs="?", const=100, default=0, metavar="STEPS", help="also diffusers' own training script, which is fetched, over so many steps (%(const)s)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before, in every round (%(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="of every way in a round (%(default)s)")
@@ -254,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked = [given.resolution or [s.train_resolution], given.text or [s.max_sequence_length], given.batch or [1]]
     cases = [Case(*sizes) for sizes in product(*asked, given.rank or [s.adapter.rank], given.meta_rank or [s.adapter.meta_rank])]
     cases = [each for case in cases for each in growth.cases(case)] if given.growth else cases
-    ways = list(WAYS) if given.way is None else given.way
+    ways = given.way or [name for name, way in WAYS.items() if not way.compiled or base.device.type == "cuda"]
     with nullcontext() if given.base in FULL_SIZE else base.resident("transformer", "vae"):
         found = compare(base, cases, ways, given.warmup, given.steps, given.script, given.rounds)
         found["pictures"] = draw(base, cases[:1], min(2, given.warmup), given.draw) if given.draw else []
