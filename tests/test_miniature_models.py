@@ -30,8 +30,8 @@ from metalora.miniature.facepack import separation
 from metalora.miniature.people import HELD_OUT, person, scene
 from metalora.miniature.pipeline import build_pipeline, clip_tokenizer, save_pipeline, t5_tokenizer
 from metalora.miniature.shards import draw_captioned, load_shards
-from metalora.miniature.training import Job, Optimizer, Trainer, TrainingConfig
-from metalora.miniature.vae import random_crops, train_vae, vae_loss
+from metalora.miniature.training import Job, Optimizer, Trainer, TrainingConfig, write_result
+from metalora.miniature.vae import load_vae, random_crops, train_decoder, train_vae, trained_vae, vae_loss
 from metalora.prompts import Captioner
 from tests.conftest import TINY, in_processes, state_hash
 
@@ -297,8 +297,48 @@ def test_the_detector_s_onnx_finds_what_the_decoded_maps_say(work: Path, assets:
             np.testing.assert_allclose(theirs, mine, atol=1e-4)
 
 
+def test_a_training_without_its_checkpoint_goes_on_from_its_result(tmp_path: Path):
+    config = TrainingConfig(learning_rate=0.01, batch_size=3, steps=2)
+    loss = lambda generator: (trainer.module.weight - 1).square().mean()  # noqa: E731
+    trainer = Trainer("toy", torch.nn.Linear(2, 2), tmp_path, config)
+    write_result(tmp_path, trainer.module, {"samples": 100, "minutes": 5.0, "earlier": {"samples": 10, "minutes": 1.0}})
+    other = Trainer("toy", torch.nn.Linear(2, 2), tmp_path / "elsewhere", config)
+    assert not torch.equal(other.module.weight, trainer.module.weight)
+    trainer = Trainer("toy", torch.nn.Linear(2, 2), tmp_path, config)
+    assert torch.equal(trainer.module.weight, load_file(tmp_path / "model.safetensors")["weight"])
+    assert torch.equal(trainer.averages.values[0], trainer.module.weight) and trainer.step == 0
+    assert trainer.run(loss).earlier == {"samples": 110, "minutes": 6.0}
+    again = Trainer("toy", torch.nn.Linear(2, 2), tmp_path, config)  # now there is a checkpoint, which knows it too
+    assert again.step == 2 and again.earlier == {"samples": 110, "minutes": 6.0}
+
+
+def test_the_decoder_alone_goes_on_and_latents_stay(data: Path, work: Path, tmp_path: Path):
+    folder = shutil.copytree(work, tmp_path / "work")
+    job = Job(data=(data,), work=folder, minutes=1, steps=3, batch_size=2, model=TOY)
+    figures = train_decoder(job)
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("vae", "vae-decoder"))
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"decoder"} and figures["psnr_db"] > 0
+    assert state_hash(trained_vae(job)) == state_hash(load_vae(TOY, after, figures))
+    assembly.assemble(folder, tmp_path / "assets")
+    assert "vae-decoder" in json.loads((tmp_path / "assets" / "miniature" / "training.json").read_text())
+
+
 # Assets
 
+
+def test_assets_come_apart_as_what_they_were_made_of(assets: Path, work: Path, tmp_path: Path):
+    names = assembly.disassemble(assets, tmp_path / "again")
+    assert sorted(names) == sorted(path.name for path in work.iterdir() if path.is_dir())
+    for name in names:
+        assert (tmp_path / "again" / name / "result.json").read_text() == (work / name / "result.json").read_text()
+    for name in ("vae", "clip", "base"):
+        mine, theirs = (load_file(folder / name / "model.safetensors") for folder in (tmp_path / "again", work))
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k].half().float()) for k in mine)
+    sizes = assembly.assemble(tmp_path / "again", tmp_path / "assets")
+    assert sizes["all"] == pytest.approx(sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) / 1e6, abs=0.01)
+    with pytest.raises(MetaLoraError, match="has a training .* already; choose another folder"):
+        assembly.disassemble(assets, tmp_path / "again")
 
 def test_the_assembled_base_opens_and_generates(assets: Path):
     base = Base.open(str(assets / "miniature"), device="cpu")

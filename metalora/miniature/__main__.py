@@ -1,6 +1,6 @@
 """`python -m metalora.miniature COMMAND`: renders the portrait world and trains the embedded miniature on it.
 
-Order: render, vae, clip, base, base --distill-guidance, face-detector, face-recogniser, assemble, meta-down, dataset. Each
+Order: render, vae, vae-decoder, clip, base, base --distill-guidance, face-detector, face-recogniser, assemble, meta-down, dataset. Each
 training takes a time budget, can be killed and started again with the same command, and leaves its files in WORK/NAME.
 With `torchrun --nproc-per-node N -m metalora.miniature …` N processes train together; on a CPU, as many as it has cores and
 with `--threads 1`, for that is faster than one process of many threads.
@@ -19,12 +19,12 @@ from metalora.errors import MetaLoraError
 from metalora.miniature.pipeline import MiniatureConfig
 from metalora.miniature.training import Job
 
-TRAININGS = {"vae": ("vae", "train_vae"), "clip": ("clip", "train_clip"), "base": ("base", "train_base"),
+TRAININGS = {"vae": ("vae", "train_vae"), "vae-decoder": ("vae", "train_decoder"), "clip": ("clip", "train_clip"), "base": ("base", "train_base"),
              "face-detector": ("detector", "train_detector"), "face-recogniser": ("recogniser", "train_recogniser")}
 ELSEWHERE = {"render": "draw the portrait world into shards",  # commands whose arguments their own modules read
              "dataset": "people as an image folder for evaluate and meta-train",
              "meta-down": "stage 1: learn the Meta-Down of a domain on the assembled base"}
-MINUTES = {"vae": 10, "clip": 6, "base": 60, "face-detector": 5, "face-recogniser": 10}
+MINUTES = {"vae": 10, "vae-decoder": 10, "clip": 6, "base": 60, "face-detector": 5, "face-recogniser": 10}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("assemble", help="put the trained parts together as assets")
     command.add_argument("--work", type=Path, required=True)
     command.add_argument("--output", type=Path, default=Path("assets"))
+    command = commands.add_parser("disassemble", help="take assets apart again, to train on from their weights")
+    command.add_argument("--assets", type=Path, default=Path("assets"))
+    command.add_argument("--work", type=Path, required=True)
     return parser
 
 
@@ -76,6 +79,10 @@ def _run(argv: list[str]) -> None:
         from metalora.miniature.assemble import assemble
 
         print(json.dumps(assemble(arguments.work, arguments.output)))
+    elif arguments.command == "disassemble":
+        from metalora.miniature.assemble import disassemble
+
+        print(json.dumps(disassemble(arguments.assets, arguments.work)))
     else:
         figures = _train(arguments)
         if PartialState(cpu=True).is_main_process:

@@ -14,13 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import FluxPipeline
+from transformers import CLIPModel
+
 from metalora.errors import MetaLoraError
-from metalora.miniature.base import trained_base
+from metalora.miniature.base import Denoiser, trained_base
 from metalora.miniature.captions import TRIGGER, caption_phrases, prompt_phrases, vocabulary
 from metalora.miniature.clip import build_processor, trained_clip
 from metalora.miniature.facepack import DETECTOR_FILE, RECOGNISER_FILE
 from metalora.miniature.pipeline import MiniatureConfig, clip_tokenizer, make_readable, save_pipeline, write_settings
-from metalora.miniature.training import Job, read_figures
+from metalora.miniature.training import Job, read_figures, write_result
+from metalora.miniature.vae import DECODER
 
 MOST_MEGABYTES = 60.0  # of all assets together, so that the project stays a quick download
 GUIDANCE = 2.5  # that a base which has learnt guidance is used with
@@ -31,7 +36,7 @@ SETTINGS: dict[str, Any] = {
     "meta": {"rounds": 8, "bucket_size": 48, "bucket_steps": 100, "warmup_steps": 30, "batch_size": 16, "learning_rate": 3e-3,
              "down_learning_rate": 5e-4},
 }
-COMMON = ("command", "seed", "training", "model", "steps", "samples", "minutes", "loss", "torch")  # of every result.json
+COMMON = ("command", "seed", "training", "model", "steps", "samples", "minutes", "loss", "torch", "earlier")  # of every result.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +56,8 @@ class Parts:
         return Job(data=(), work=self.work, minutes=0.0, model=self.config)
 
     def pick(self, *names: str) -> dict[str, dict[str, Any]]:
-        """Figures of these trainings."""
-        return {name: self.figures[name] for name in names}
+        """Figures of those of these trainings that there are."""
+        return {name: self.figures[name] for name in names if name in self.figures}
 
 
 def read_parts(work: Path) -> Parts:
@@ -61,14 +66,14 @@ def read_parts(work: Path) -> Parts:
     Raises:
         MetaLoraError: some have not finished, or were trained at other sizes than the rest.
     """
-    guided = (work / "base-guided" / "result.json").exists()
-    needed = ["vae", "clip", "base", *(["base-guided"] if guided else []), "face-detector", "face-recogniser"]
+    more = [name for name in (DECODER, "base-guided") if (work / name / "result.json").exists()]
+    needed = ["vae", "clip", "base", *more, "face-detector", "face-recogniser"]
     missing = [name for name in needed if not (work / name / "result.json").exists()]
     if missing:
         raise MetaLoraError(f"{work} lacks the result of {', '.join(missing)}; run `python -m metalora.miniature "
                             f"{missing[0]}` to its end first.")
     figures = {name: read_figures(work / name) for name in needed}
-    base = needed[needed.index("face-detector") - 1]
+    base = "base-guided" if "base-guided" in more else "base"
     others = [name for name in ("vae", "clip", "base") if _config(figures[name]) != _config(figures[base])]
     if others:
         raise MetaLoraError(f"{', '.join(others)} in {work} was trained at other sizes than {base}; train it again with the same --config.")
@@ -85,8 +90,7 @@ def write_miniature(parts: Parts, folder: Path) -> None:
     guided = {"guidance": GUIDANCE} if parts.base == "base-guided" else {}
     phrases = {"caption_phrases": caption_phrases(), "prompt_phrases": prompt_phrases()}
     write_settings(folder, parts.config, TRIGGER, **phrases, **guided, **SETTINGS)
-    names = ["vae", "clip", "base", *([parts.base] if guided else [])]
-    _describe(folder, MINIATURE_CARD, parts.pick(*names), size=parts.config.size)
+    _describe(folder, MINIATURE_CARD, parts.pick("vae", DECODER, "clip", "base", "base-guided"), size=parts.config.size)
 
 
 def write_clip(parts: Parts, folder: Path) -> None:
@@ -132,6 +136,35 @@ def assemble(work: Path, output: Path) -> dict[str, float]:
     return {name: round(size, 2) for name, size in sizes.items()}
 
 
+def disassemble(assets: Path, work: Path) -> list[str]:
+    """The way back: writes the trainings that `assets` were made of into a work folder, weights and figures.
+
+    A training that finds its own result there, but no checkpoint, goes on from those weights, so that what was published can
+    be trained further by whoever has nothing else. Of the faces' pack only the ONNX files come back.
+
+    Returns:
+        The names of the trainings.
+
+    Raises:
+        MetaLoraError: one of them is there already.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    for name in ("face", "clip", "miniature"):
+        figures |= json.loads((Path(assets) / name / "training.json").read_text())
+    taken = [name for name in figures if (Path(work) / name).exists()]
+    if taken:
+        raise MetaLoraError(f"{work} has a training {taken[0]} already; choose another folder.")
+    pipeline = FluxPipeline.from_pretrained(Path(assets) / "miniature", dtype=torch.float32)
+    base = Denoiser(pipeline, 0)
+    weights = {"vae": pipeline.vae, DECODER: pipeline.vae, "clip": CLIPModel.from_pretrained(Path(assets) / "clip", dtype=torch.float32), "base": base, "base-guided": base}
+    onnx = {"face-detector": DETECTOR_FILE, "face-recogniser": RECOGNISER_FILE}
+    for name, each in figures.items():
+        write_result(Path(work) / name, weights.get(name), each)
+        if name in onnx:
+            shutil.copyfile(Path(assets) / "face" / onnx[name], Path(work) / name / onnx[name])
+    return list(figures)
+
+
 def megabytes(path: Path) -> float:
     """Size of a file, or of all files below a folder, in millions of bytes."""
     files = [path] if path.is_file() else path.rglob("*")
@@ -154,8 +187,10 @@ def _describe(folder: Path, card: str, figures: dict[str, dict[str, Any]], **mor
 
 def _training(name: str, figures: dict[str, Any]) -> str:
     """A training as the card tells it: command, seed, length, and what was measured."""
+    earlier = figures.get("earlier")
     lines = [f"### {name}", f"    {figures['command']}", f"Seed {figures['seed']}, {figures['steps']:,} steps, {figures['samples']:,} samples, "
-             f"{figures['minutes']:g} minutes on a CPU with torch {figures['torch']}; last smoothed loss {figures['loss']:g}."]
+             f"{figures['minutes']:g} minutes on a CPU with torch {figures['torch']}; last smoothed loss {figures['loss']:g}."
+             + (f" It began from the weights of {earlier['samples']:,} samples in {earlier['minutes']:g} minutes." if earlier else "")]
     measured = _flat({key: value for key, value in figures.items() if key not in COMMON})
     return "\n\n".join([*lines, "\n".join(["| measured | |", "|---|---|", *(f"| {key} | {value} |" for key, value in measured)])])
 

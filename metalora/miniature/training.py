@@ -85,17 +85,22 @@ class Job:
         return {"command": _command_line(sys.argv[1:]), "seed": self.seed,
                 "training": dataclasses.asdict(config), "model": dataclasses.asdict(self.model),
                 "steps": result.steps, "samples": result.samples, "minutes": round(result.seconds / 60, 1),
-                "loss": round(result.loss, 5), "torch": torch.__version__}
+                "loss": round(result.loss, 5), "torch": torch.__version__} | ({"earlier": result.earlier} if result.earlier else {})
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """What a run took: optimizer steps, samples seen, seconds (over all restarts), the last smoothed loss."""
+    """What a run took: optimizer steps, samples seen, seconds (over all restarts), the last smoothed loss.
+
+    Args:
+        earlier: samples and minutes of the runs whose result this one began from.
+    """
 
     steps: int
     samples: int
     seconds: float
     loss: float
+    earlier: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def _command_line(arguments: list[str]) -> str:
@@ -172,7 +177,8 @@ class Trainer:
     """Trains a module on `loss(generator) -> scalar` until the budget is used up.
 
     Each step draws its batch with a generator seeded by the step, so that a killed run goes on from its checkpoint of
-    weights, averages, optimizer and counts as if nothing had happened. Under `torchrun` every process draws its own batch
+    weights, averages, optimizer and counts as if nothing had happened. Where only a result is left, as `disassemble` leaves
+    it, a new run begins from its weights. Under `torchrun` every process draws its own batch
     and gradients are averaged; the first one keeps the clock, writes and prints.
 
     Args:
@@ -189,6 +195,7 @@ class Trainer:
         self.generator = torch.Generator()
         self.processes = PartialState(cpu=True)
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
+        self.earlier: dict[str, float] = {}
         self._resume()
 
     @property
@@ -248,7 +255,7 @@ class Trainer:
             self.save()
         self.averages.swap()
         self.module.eval()
-        return TrainingResult(self.step, self.step * self.samples_a_step, self.seconds, self.loss)
+        return TrainingResult(self.step, self.step * self.samples_a_step, self.seconds, self.loss, self.earlier)
 
     def watch(self, watch: Callable[["Trainer"], None]) -> None:
         self.averages.swap()
@@ -295,39 +302,50 @@ class Trainer:
         """Writes the checkpoint beside and renames it, so that a kill leaves the last whole one."""
         state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "averages": self.averages.values,
-                 "step": self.step, "seconds": self.seconds, "loss": self.loss}
+                 "step": self.step, "seconds": self.seconds, "loss": self.loss, "earlier": self.earlier}
         self.folder.mkdir(parents=True, exist_ok=True)
         beside = self.folder / "checkpoint.tmp"
         torch.save(state, beside)
         os.replace(beside, self.folder / "checkpoint.pt")
 
     def _resume(self) -> None:
-        path = self.folder / "checkpoint.pt"
+        path, result = self.folder / "checkpoint.pt", self.folder / "model.safetensors"
         if not path.exists():
+            if result.exists():
+                self._load(load_file(result), result)
+                self.averages = Averages(self.parameters, self.config.ema)
+                before = read_figures(self.folder)
+                self.earlier = {key: before[key] + before.get("earlier", {}).get(key, 0) for key in ("samples", "minutes")}
+                print(f"{self.name}: begins from {result}", file=sys.stderr, flush=True)
             return
         state = torch.load(path, weights_only=True, map_location="cpu")
-        try:
-            self.module.load_state_dict(state["module"])
-        except RuntimeError as error:
-            raise MetaLoraError(f"{path} is of a model of other sizes or of other people; remove it to begin anew.") from error
+        self._load(state["module"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         for value, saved in zip(self.averages.values, state["averages"], strict=True):
             value.copy_(saved)
-        self.step, self.seconds, self.loss = state["step"], state["seconds"], state["loss"]
+        self.step, self.seconds, self.loss, self.earlier = (state[key] for key in ("step", "seconds", "loss", "earlier"))
         print(f"{self.name}: goes on at step {self.step}", file=sys.stderr, flush=True)
 
 
-def write_result(folder: Path, weights: nn.Module | dict[str, torch.Tensor], figures: dict[str, Any]) -> None:
-    """Writes what a training leaves: model.safetensors and result.json; the card of an asset is made from the latter.
+    def _load(self, weights: dict[str, torch.Tensor], path: Path) -> None:
+        try:
+            self.module.load_state_dict(weights)
+        except RuntimeError as error:
+            raise MetaLoraError(f"{path} is of a model of other sizes or of other people; remove it to begin anew.") from error
+
+
+def write_result(folder: Path, weights: nn.Module | dict[str, torch.Tensor] | None, figures: dict[str, Any]) -> None:
+    """Writes what a training leaves: model.safetensors, where there are weights, and result.json, from which an asset's card is made.
 
     Of several processes the first one writes.
     """
     if not PartialState(cpu=True).is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    state = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    save_file(state, folder / "model.safetensors")
+    if weights is not None:
+        state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+        state = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+        save_file(state, folder / "model.safetensors")
     (folder / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 

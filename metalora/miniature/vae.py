@@ -11,12 +11,13 @@ from diffusers import AutoencoderKL
 
 from metalora.miniature.pipeline import MiniatureConfig, build_vae
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, read_result, write_result
+from metalora.miniature.training import Job, Trainer, read_figures, read_result, write_result
 
 CROP = 64
 KL_WEIGHT = 1e-4  # of the mean over latent numbers; keeps the latents near a unit ball, not a prior to sample from
 EDGE_WEIGHT = 1.0
 VALIDATION_PICTURES = 256
+DECODER = "vae-decoder"  # the name of that training
 
 
 def to_floats(images: torch.Tensor) -> torch.Tensor:
@@ -91,8 +92,9 @@ def load_vae(config: MiniatureConfig, weights: dict[str, torch.Tensor], figures:
 
 
 def trained_vae(job: Job) -> AutoencoderKL:
-    """The autoencoder of this work folder."""
-    return load_vae(job.model, *read_result(job.work / "vae"))
+    """The autoencoder of this work folder, with the decoder of `vae-decoder` where that has been trained."""
+    better = job.work / DECODER
+    return load_vae(job.model, *read_result(better if (better / "result.json").exists() else job.work / "vae"))
 
 
 def train_vae(job: Job) -> dict:
@@ -113,6 +115,35 @@ def train_vae(job: Job) -> dict:
     figures = job.figures(result, config) | {"psnr_db": round(psnr(vae, sample), 2), "scaling_factor": scaling,
                                              "shift_factor": shift, "validation_pictures": len(sample)}
     write_result(job.work / "vae", vae, figures)
+    return figures
+
+
+def train_decoder(job: Job) -> dict:
+    """Goes on with the decoder alone, by squared error, and writes the whole autoencoder to work/vae-decoder.
+
+    The latents stay what they are, and with them whatever was trained on them.
+    """
+    training, validation = load_shards(*job.data).split()
+    vae = load_vae(job.model, *read_result(job.work / "vae")).to(job.device)
+    vae.encoder.requires_grad_(False)
+    config = job.training(learning_rate=2e-3, batch_size=8, anneal_from=0.2, ema=0.995, warmup_steps=50)
+    trainer = Trainer(DECODER, vae, job.work / DECODER, config)
+    sample = _spread(validation)
+    crop = min(CROP, job.model.size)
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        images = random_crops(training.images, config.batch_size, crop, generator).to(vae.device)
+        with torch.autocast(vae.device.type, torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(images).latent_dist.mode()
+            output = vae.decoder(latents)
+        return F.mse_loss(output.float(), images)
+
+    result = trainer.run(loss, lambda t: print(f"{DECODER}: step {t.step}, {psnr(vae, sample[:64]):.2f} dB", flush=True))
+    before = read_figures(job.work / "vae")
+    figures = job.figures(result, config) | {name: before[name] for name in ("scaling_factor", "shift_factor")}
+    figures |= {"psnr_db": round(psnr(vae, sample), 2), "validation_pictures": len(sample)}
+    write_result(job.work / DECODER, vae, figures)
     return figures
 
 
