@@ -20,6 +20,8 @@ CLOTH_RGB = {"red": (196, 30, 36), "blue": (36, 70, 168), "green": (34, 118, 64)
              "orange": (226, 122, 40), "pink": (238, 160, 182)}
 MALE_HAIR = ("bald", "buzz-cut", "short", "short", "side-parted", "swept-back", "curly", "afro", "long")
 FEMALE_HAIR = ("short", "curly", "afro", "chin-length", "fringed", "long", "long", "wavy", "tied-up")
+SEXES = (-0.05, 1.2)  # of a man, a woman, along the head model's axis: a little beyond its own ends, which lie near each other
+SPREAD = 0.8  # of people's shapes, in the head model's deviations
 EXPRESSION_WEIGHTS = {"neutral": 0.3, "smile": 0.26, "laugh": 0.14, "surprised": 0.1, "angry": 0.1, "sad": 0.1}
 
 
@@ -46,11 +48,11 @@ class Person:
 
     @property
     def age_word(self) -> str:
-        return captions.AGES[(self.age > 0.72) + (self.age > 0.88)]
+        return captions.AGES[(self.age > 0.68) + (self.age > 0.84)]
 
     @property
     def skin_word(self) -> str:
-        return captions.SKINS[min(4, int(self.tone / 1.55))]
+        return captions.SKINS[min(4, int(self.tone / 1.4))]
 
 
 @dataclass(frozen=True)
@@ -92,18 +94,19 @@ def person(seed: int) -> Person:
     rng = random.Random(f"person {seed}")
     woman = rng.random() < 0.5
     age = rng.uniform(0.52, 1.0)
-    draws = [rng.gammavariate(0.45, 1) for _ in range(3)]
+    tone = rng.uniform(0, 7)  # every word for skin gets its even share, and the features that go with it
+    leaning = max(0.0, tone / 7 - 0.35) * 1.3, 0.55 - abs(tone / 7 - 0.35), max(0.05, 0.75 - tone / 7)
+    draws = [rng.gammavariate(0.3 + 1.5 * share, 1) for share in leaning]
     african, asian, caucasian = (d / sum(draws) for d in draws)
-    tone = african * rng.uniform(4.4, 7) + asian * rng.uniform(0.8, 3.4) + caucasian * rng.uniform(0, 3.0)
-    dark = african + asian > 0.55
+    dark = tone > 3.2 or asian > 0.5
     styles = FEMALE_HAIR if woman else MALE_HAIR
     return Person(
         seed=seed, sex="woman" if woman else "man", age=age,
-        attributes=(float(woman), age, min(0.95, max(0.12, rng.gauss(0.5, 0.17))), african, asian, caucasian),
-        shape=tuple(rng.gauss(0, 1) for _ in range(64)), tone=min(7.0, max(0.0, tone)),
+        attributes=(SEXES[woman], age, min(0.85, max(0.2, rng.gauss(0.48, 0.14))), african, asian, caucasian),
+        shape=tuple(SPREAD * max(-2.2, min(2.2, rng.gauss(0, 1))) for _ in range(64)), tone=tone,
         eye=rng.choice(("brown", "brown", "hazel") if dark else ("brown", "hazel", "green", "blue", "blue", "grey")),
         hair=rng.choice(styles), hair_colour=_hair_colour(rng, age, dark),
-        beard=None if woman else rng.choice((None, None, "stubble", "moustache", "short", "full")),
+        beard=None if woman else rng.choice((None, None, None, "stubble", "moustache", "short", "full")),
         brow=(rng.uniform(0.6, 1.05) if woman else rng.uniform(0.85, 1.5), rng.uniform(-0.2, 1.0), rng.gauss(0, 0.0016),
               rng.uniform(-0.6, 0.6)),
         lips=rng.uniform(0.35, 0.9) if woman else rng.uniform(0.05, 0.35), blush=rng.uniform(0.2, 1.0),

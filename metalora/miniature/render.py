@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from metalora.miniature import hair, shade
+from metalora.miniature import hair, headwear, shade
 from metalora.miniature.backdrop import backdrop
 from metalora.miniature.colour import display
 from metalora.miniature.head import ACTIONS, PARTS, HeadModel, load_head, vertex_normals
@@ -48,9 +48,9 @@ class Stage:
     def __init__(self, pairs: list[tuple[Person, Scene]], head: HeadModel):
         self.pairs, self.head, self.device = pairs, head, head.template.device
         rest = self._rest()
-        base = head.triangles[(head.parts != PARTS.index("lash")) & (head.parts != PARTS.index("cloth"))]
-        part = head.parts[(head.parts != PARTS.index("lash")) & (head.parts != PARTS.index("cloth"))]
-        kind = torch.tensor([shade.SKIN, shade.EYE, -1, shade.TEETH, -1], device=self.device)[part]
+        drawn = head.parts != PARTS.index("cloth")
+        base, part = head.triangles[drawn], head.parts[drawn]
+        kind = torch.tensor([shade.SKIN, shade.EYE, shade.LASH, shade.TEETH, -1], device=self.device)[part]
         points, places, triangles, materials, pictures, weights, occlusion, masks, along, owner = ([] for _ in range(10))
         total, plain = 0, torch.zeros(1, device=self.device)
         for k, (who, view) in enumerate(pairs):
@@ -59,7 +59,7 @@ class Stage:
                 n = len(prop.points)
                 weight = 1 - 0.6 * ((0.62 - prop.points[:, 2]) / 0.10).clamp(0, 1) if material == shade.HAIR else torch.ones(n, device=self.device)
                 pieces.append((prop.on(rest[k] - head.template), prop.points, prop.triangles, torch.full((len(prop.triangles),), material, device=self.device),
-                               weight, torch.full((n,), 0.9, device=self.device), torch.zeros(n, 4, device=self.device), prop.shade))
+                               weight, torch.full((n,), 0.9, device=self.device), prop.grain, prop.shade))
             for piece in pieces:
                 points.append(piece[0]); places.append(piece[1]); triangles.append(piece[2] + total); materials.append(piece[3])
                 weights.append(piece[4]); occlusion.append(piece[5]); masks.append(piece[6]); along.append(piece[7])
@@ -89,11 +89,11 @@ class Stage:
     def _props(self, who: Person, view: Scene):
         if view.hair in hair.STYLES:
             variant = (who.seed * 7 + view.seed // 3) % hair.VARIANTS
-            yield (hair.hair_under_hat if view.hat else hair.hair)(view.hair, variant), shade.HAIR
+            yield (headwear.hair_under_hat if view.hat else hair.hair)(view.hair, variant), shade.HAIR
         if view.glasses:
-            yield hair.glasses(view.glasses), shade.GLASSES
+            yield headwear.glasses(view.glasses), shade.GLASSES
         if view.hat:
-            yield hair.hat(view.hat), shade.HAT
+            yield headwear.hat(view.hat), shade.HAT
 
     def _pose(self, points: Tensor, weight: Tensor) -> None:
         """Turns heads on their necks and bodies a little with them, and finds eyes and landmarks."""
@@ -123,7 +123,7 @@ class Stage:
         whole = turn_body @ turn_head
         gaze = torch.tensor([[-math.sin(v.gaze[0]), -math.cos(v.gaze[0]) * math.cos(v.gaze[1]), math.sin(v.gaze[1])] for _, v in self.pairs], device=self.device)
         self.gaze = torch.nn.functional.normalize((whole @ gaze[..., None])[..., 0], dim=1)
-        self.up = whole[:, :, 2]
+        self.turn, self.up = whole, whole[:, :, 2]
 
 
 class Camera:
@@ -173,7 +173,7 @@ def render(pairs: list[tuple[Person, Scene]], size: int, device: str = "cpu") ->
     fine = size * SUPERSAMPLE
     camera, palette = Camera(pairs, fine, stage.device), shade.Palette(pairs, stage.device)
     corners = camera.project(stage.points, stage.owner)[stage.triangles]
-    two_sided = (stage.material == shade.HAIR) | (stage.material == shade.HAT) | (stage.material == shade.GLASSES)
+    two_sided = stage.material >= shade.HAIR
     index, _ = rasterize(corners, stage.picture, len(pairs), fine, two_sided)
     pixel, weights = barycentric(corners, index)
     triangle = index.flatten()[pixel]
@@ -185,7 +185,7 @@ def render(pairs: list[tuple[Person, Scene]], size: int, device: str = "cpu") ->
     normal = torch.where(((normal * view).sum(1) < 0)[:, None] & two_sided[triangle][:, None], -normal, normal)
     surface = shade.Surface(picture, stage.material[triangle], mixed[:, :3], mixed[:, 6:9], normal, view, mixed[:, 9:10],
                             mixed[:, 10:14], mixed[:, 14], _shadows(stage, palette, mixed[:, :3], normal, picture))
-    colour, gloss, glow = shade.albedo(surface, palette, stage.eyes, stage.gaze, stage.up)
+    colour, gloss, glow = shade.albedo(surface, palette, stage.eyes, stage.gaze, stage.up, stage.turn)
     light = shade.illuminate(surface, palette, colour, gloss, glow)
     images = torch.stack([backdrop(v.background, size, who.seed * 9176 + v.seed, stage.device) for who, v in pairs])
     images = images.repeat_interleave(SUPERSAMPLE, 1).repeat_interleave(SUPERSAMPLE, 2).flatten(0, 2)

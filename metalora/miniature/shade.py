@@ -15,7 +15,7 @@ from metalora.miniature.colour import linear
 from metalora.miniature.head import MASKS
 from metalora.miniature.people import CLOTH_RGB, EYE_RGB, HAIR_RGB, LIGHTS, SKIN_TONES, Person, Scene
 
-SKIN, EYE, TEETH, HAIR, HAT, GLASSES = range(6)
+SKIN, EYE, TEETH, HAIR, HAT, GLASSES, LASH = range(7)
 EYE_RADIUS = 0.015
 LIP_COLOURS = ((170, 66, 70), (158, 60, 78), (184, 96, 86), (140, 48, 56))
 
@@ -31,7 +31,7 @@ class Surface:
     normal: Tensor  # (m, 3)
     view: Tensor  # (m, 3) towards the camera
     occlusion: Tensor  # (m, 1)
-    masks: Tensor  # (m, 4)
+    masks: Tensor  # (m, 4) of the head; of hair the direction of its strands and their tone
     along: Tensor  # (m,) coordinate of hair and hats
     lit: Tensor  # (m, 1) 0 in shadow .. 1
 
@@ -214,11 +214,23 @@ def eyes(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor) -> t
     return colour, towards, shine[:, None] * 0.9 * p.light_colour[s.picture] * 0.6
 
 
-def albedo(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def hair(s: Surface, p: Palette, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Albedo, normal and direction of strands. A strand's normal is the head's, leant away from its own direction, so that hair
+    is shaded as one body; turn: (pictures, 3, 3) rotates the template into the world."""
+    outward = s.place - torch.tensor([0.0, -0.02, 0.0], device=s.place.device)
+    outward = torch.cat([outward[:, :2], (outward[:, 2:] - 0.715).clamp(min=-0.02)], 1)
+    along, outward = (torch.einsum("nij,nj->ni", turn[s.picture], v) for v in (s.masks[:, :3], outward))
+    along, outward = (torch.nn.functional.normalize(v, dim=1) for v in (along, outward))
+    normal = torch.nn.functional.normalize(outward - 0.6 * (outward * along).sum(1, keepdim=True) * along, dim=1)
+    tone = (0.50 + 0.45 * s.along.clamp(0, 1) ** 0.7) * (0.62 + 0.76 * s.masks[:, 3])
+    return p.hair[s.picture] * tone[:, None] * 1.25, normal, torch.cat([along, s.masks[:, 3:]], 1)
+
+
+def albedo(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Albedo (m, 3), gloss (m,) and own light (m, 3) of every point; eye normals are set on the surface."""
     colour = torch.zeros_like(s.position)
     gloss, glow = torch.zeros(len(colour), device=colour.device), torch.zeros_like(colour)
-    for material in range(6):
+    for material in range(7):
         chosen = (s.material == material).nonzero()[:, 0]
         if not len(chosen):
             continue
@@ -230,11 +242,13 @@ def albedo(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor) ->
         elif material == TEETH:
             colour[chosen] = torch.tensor([0.72, 0.68, 0.60], device=colour.device) * step(-0.06, -0.105, part.position[:, 1])[:, None]
         elif material == HAIR:
-            strand = 0.62 + 0.75 * part.along.clamp(0, 1)
-            colour[chosen], gloss[chosen] = p.hair[part.picture] * strand[:, None], 0.10
+            colour[chosen], s.normal[chosen], s.masks[chosen] = hair(part, p, turn)
+            gloss[chosen] = 0.16
         elif material == HAT:
             knit = 0.85 + 0.2 * torch.sin(part.along * 60)
             colour[chosen] = p.hat[part.picture] * knit[:, None]
+        elif material == LASH:
+            colour[chosen] = torch.tensor([0.02, 0.016, 0.014], device=colour.device)
         else:
             colour[chosen], gloss[chosen] = p.frame[part.picture], 0.4
     return colour, gloss, glow
@@ -252,6 +266,9 @@ def illuminate(s: Surface, p: Palette, colour: Tensor, gloss: Tensor, glow: Tens
     around = p.ambient[s.picture] * s.occlusion * (0.40 + 0.75 * fill)
     half = torch.nn.functional.normalize(towards + s.view, dim=1)
     highlight = (s.normal * half).sum(1).clamp(min=0) ** 18 * gloss * (facing[:, 0] > 0)
+    # Hair shines in a band across its strands (Kajiya and Kay 1989, section 4), in its own colour.
+    band = (1 - (s.masks[:, :3] * half).sum(1).square()).clamp(min=0).sqrt() ** 60 * (s.normal * towards).sum(1).clamp(min=0)
+    highlight = torch.where(s.material == HAIR, band * gloss * (0.3 + s.masks[:, 3]), highlight)
     rim = (1 - (s.normal * s.view).sum(1).clamp(0, 1)) ** 4 * 0.08
     light = colour * (p.light_colour[s.picture] * diffuse * lit * (0.55 + 0.45 * s.occlusion) + around)
     return light + glow + (highlight[:, None] * 1.6 * s.lit + rim[:, None] * soft) * p.light_colour[s.picture] * 0.5
