@@ -26,8 +26,8 @@ EXPRESSIONS = {
     "angry": dict(browDownLeft=1.2, browDownRight=1.2, eyeSquintLeft=0.3, eyeSquintRight=0.3, noseSneerLeft=0.4,
                   noseSneerRight=0.4, mouthPressLeft=0.5, mouthPressRight=0.5, mouthFrownLeft=0.3, mouthFrownRight=0.3),
     "sad": dict(eyeWideLeft=0.2, eyeWideRight=0.2, browInnerUp=0.9, mouthFrownLeft=0.8, mouthFrownRight=0.8, eyeSquintLeft=0.15, eyeSquintRight=0.15)}
-GARMENT_THICKNESS = {"t-shirt": 0.003, "striped": 0.003, "v-neck": 0.005, "turtleneck": 0.007, "suit": 0.008}
-PIVOT, CAMERA_DISTANCE, TARGET, HALF_FRAME = (0.0, -0.02, 0.615), 1.15, (0.0, -0.05, 0.672), 0.150
+GARMENT_THICKNESS = {"t-shirt": 0.003, "striped": 0.003, "v-neck": 0.005, "turtleneck": 0.007, "suit": 0.008, "shirt": 0.004}
+PIVOT, CAMERA_DISTANCE, TARGET, HALF_FRAME = (0.0, -0.02, 0.615), 1.25, (0.0, -0.05, 0.661), 0.194
 SUPERSAMPLE, SHADOW_SIZE, SHADOW_REACH = 2, 128, 0.22
 # Template places of the five landmarks that recognisers align by: eyes and mouth corners as seen from the front.
 NOSE_TIP, MOUTH_CORNERS = (0.0, -0.165, 0.663), ((-0.025, -0.135, 0.632), (0.025, -0.135, 0.632))
@@ -239,7 +239,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--people", required=True, metavar="FIRST:END", help="seeds; from 1000000 on they are held out")
     parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--first-scene", type=int, default=0)
-    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metalora.miniature.backdrop import AMBIENT
 from metalora.miniature.colour import linear
 from metalora.miniature.head import MASKS
 from metalora.miniature.people import CLOTH_RGB, EYE_RGB, HAIR_RGB, LIGHTS, SKIN_TONES, Person, Scene
@@ -56,7 +55,8 @@ def neckline(top: str, place: Tensor) -> Tensor:
     across, front = place[:, 0].abs(), ((-0.01 - place[:, 1]) / 0.03).clamp(0, 1)
     return {"t-shirt": 0.553 + 0.25 * across, "striped": 0.556 + 0.25 * across,
             "v-neck": front * (0.490 + 1.05 * across) + (1 - front) * (0.553 + 0.2 * across),
-            "turtleneck": 0.592 + 0.02 * front, "suit": 0.566 + 0.18 * across}[top]
+            "turtleneck": 0.580 + 0.02 * front,
+            "suit": 0.556 + 0.18 * across, "shirt": front * (0.478 + 1.35 * across) + (1 - front) * 0.566}[top]
 
 
 class Palette:
@@ -76,9 +76,10 @@ class Palette:
         self.second = self._colours(CLOTH_RGB[s.second_colour] for _, s in pairs)
         self.hat = self._colours(CLOTH_RGB[s.hat_colour] for _, s in pairs)
         self.frame = self._colours(((24, 22, 22), (92, 54, 30), (130, 24, 28))[(who.seed + s.seed) % 3] for who, s in pairs)
-        self.light_direction = torch.nn.functional.normalize(self.numbers(lambda w, s: LIGHTS[s.light][0]), dim=1)
-        self.light_colour = self.numbers(lambda w, s: [c * LIGHTS[s.light][2] for c in LIGHTS[s.light][1]])
-        self.ambient = self.numbers(lambda w, s: [c * LIGHTS[s.light][3] for c in AMBIENT[s.background]])
+        read = lambda name: self.numbers(lambda w, s: getattr(LIGHTS[s.light], name))
+        self.light_direction = torch.nn.functional.normalize(read("direction"), dim=1)
+        self.light_colour, self.sky, self.ground, self.rim = read("key"), read("sky"), read("ground"), read("rim")
+        self.rim_direction = torch.nn.functional.normalize(self.numbers(lambda w, s: (LIGHTS[s.light].rim_side, 0.75, 0.35)), dim=1)
 
     def _colours(self, colours) -> Tensor:
         return torch.stack([linear(c, self.device) for c in colours])
@@ -248,10 +249,15 @@ def illuminate(s: Surface, p: Palette, colour: Tensor, gloss: Tensor, glow: Tens
     wrap = soft * torch.tensor([0.32, 0.18, 0.12], device=colour.device)
     diffuse = ((facing + wrap) / (1 + wrap)).clamp(min=0)
     lit = s.lit + (1 - s.lit) * soft * torch.tensor([0.10, 0.04, 0.03], device=colour.device)
-    fill = ((s.normal @ torch.tensor([0.0, -0.97, 0.24], device=colour.device)) * 0.5 + 0.5)[:, None] ** 1.5
-    around = p.ambient[s.picture] * s.occlusion * (0.40 + 0.75 * fill)
+    # From all around: the sky above and the ground below, more of it from the camera's side, so that no face drowns in shade.
+    upward = (s.normal[:, 2:] * 0.5 + 0.5)
+    fill = (0.5 - 0.5 * s.normal[:, 1:2]) ** 1.5
+    around = (p.ground[s.picture] + (p.sky - p.ground)[s.picture] * upward) * s.occlusion * (0.42 + 0.75 * fill)
     half = torch.nn.functional.normalize(towards + s.view, dim=1)
     highlight = (s.normal * half).sum(1).clamp(min=0) ** 18 * gloss * (facing[:, 0] > 0)
-    rim = (1 - (s.normal * s.view).sum(1).clamp(0, 1)) ** 4 * 0.08
+    sheen = (1 - (s.normal * s.view).sum(1).clamp(0, 1)) ** 4 * 0.08
     light = colour * (p.light_colour[s.picture] * diffuse * lit * (0.55 + 0.45 * s.occlusion) + around)
-    return light + glow + (highlight[:, None] * 1.6 * s.lit + rim[:, None] * soft) * p.light_colour[s.picture] * 0.5
+    light = light + glow + (highlight[:, None] * 1.6 * s.lit + sheen[:, None] * soft) * p.light_colour[s.picture] * 0.5
+    behind = (s.normal * p.rim_direction[s.picture]).sum(1, keepdim=True).clamp(min=0)
+    grazing = (1 - (s.normal * s.view).sum(1, keepdim=True).clamp(0, 1)) ** 2.5
+    return light + p.rim[s.picture] * behind * grazing * s.occlusion * (0.12 + 0.9 * colour)
