@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from metalora.miniature import hair, shade
+from metalora.miniature import hair, shade, style
 from metalora.miniature.backdrop import backdrop
 from metalora.miniature.colour import display
 from metalora.miniature.head import ACTIONS, PARTS, HeadModel, load_head, vertex_normals
@@ -187,12 +187,15 @@ def render(pairs: list[tuple[Person, Scene]], size: int, device: str = "cpu") ->
                             mixed[:, 10:14], mixed[:, 14], _shadows(stage, palette, mixed[:, :3], normal, picture))
     colour, gloss, glow = shade.albedo(surface, palette, stage.eyes, stage.gaze, stage.up)
     light = shade.illuminate(surface, palette, colour, gloss, glow)
-    images = torch.stack([backdrop(v.background, size, who.seed * 9176 + v.seed, stage.device) for who, v in pairs])
+    seeds = [who.seed * 9176 + v.seed for who, v in pairs]
+    images = torch.stack([backdrop(v.background, size, seed, stage.device) for (_, v), seed in zip(pairs, seeds)])
     images = images.repeat_interleave(SUPERSAMPLE, 1).repeat_interleave(SUPERSAMPLE, 2).flatten(0, 2)
     images[pixel] = light
     exposure = torch.tensor([v.exposure for _, v in pairs], device=stage.device)
     images = images.view(len(pairs), size, SUPERSAMPLE, size, SUPERSAMPLE, 3).mean((2, 4)) * exposure[:, None, None, None]
-    images = (display(images) * 255).round().byte().permute(0, 3, 1, 2).contiguous()
+    subject = (index >= 0).float().view(len(pairs), 1, size, SUPERSAMPLE, size, SUPERSAMPLE).mean((3, 5))
+    images = style.finish(display(images).permute(0, 3, 1, 2), subject, [v.style for _, v in pairs], seeds)
+    images = (images * 255).round().byte().contiguous()
     return images, *_annotate(stage, camera)
 
 
