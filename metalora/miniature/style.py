@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 LUMA = (0.30, 0.59, 0.11)
-STROKE, SECTORS = 2.4, 8  # radius of a stroke in pixels of a picture 128 wide; sectors of the Kuwahara filter
+STROKE, SECTORS = 2.0, 8  # radius of a stroke in pixels of a picture 128 wide; sectors of the Kuwahara filter
 
 
 @lru_cache(maxsize=8)
@@ -51,7 +51,7 @@ def black_and_white(picture: Tensor, subject: Tensor, seeds: list[int]) -> Tenso
     grey = grey + 0.35 * (grey * grey * (3 - 2 * grey) - grey)
     x, y = _grid(picture)
     corner = 1 - 0.22 * (((x - 64) / 90) ** 2 + ((y - 64) / 90) ** 2)
-    return (grey * corner + 0.022 * _noise(picture, seeds)).clamp(0, 1).expand_as(picture)
+    return (grey * corner + 0.015 * _noise(picture, seeds)).clamp(0, 1).expand_as(picture)
 
 
 def pencil(picture: Tensor, subject: Tensor, seeds: list[int]) -> Tensor:
@@ -117,10 +117,11 @@ def oil(picture: Tensor, subject: Tensor, seeds: list[int]) -> Tensor:
     variance = (mean[:, :, 3:] - _luma(mean[:, :, :3].flatten(0, 1)).view(n, SECTORS, 1, size, size) ** 2).clamp(min=0)
     weight = 1 / (1 + (variance.sqrt() * 60) ** 4)
     painted = (mean[:, :, :3] * weight).sum(1) / weight.sum(1)
+    painted = painted + 0.4 * subject * (vivid - painted)  # a portrait keeps the finer brush for the sitter
     x, y = _grid(picture)
     weave = torch.sin(x * 2.6) * torch.sin(y * 2.6)
     relief = bristle - torch.roll(bristle, (1, 1), (2, 3))  # paint lies in ridges, lit from the upper left
-    return (painted * (1 + 0.035 * relief + 0.025 * bristle * (1.5 - subject) + 0.02 * weave)).clamp(0, 1)
+    return (painted * (1 + (0.018 * relief + 0.014 * bristle) * (1 - 0.55 * subject) + 0.02 * weave)).clamp(0, 1)
 
 
 FILTERS = {"pencil": pencil, "oil": oil, "bw": black_and_white}
