@@ -14,7 +14,7 @@ from metalora.miniature.colour import linear
 
 HEIGHT, WIDTH, VARIANTS = 224, 560, 3
 # Radius of the blur, in pixels of a panorama.
-BLUR = {"grey": 0, "blue": 0, "brick": 2, "park": 5, "office": 2, "night": 5, "sunset": 3, "beach": 2, "snow": 2, "library": 2}
+BLUR = {"grey": 0, "blue": 0, "brick": 2, "park": 5, "office": 2, "night": 6, "sunset": 3, "beach": 2, "snow": 2, "library": 2}
 
 
 def _rand(g: torch.Generator, low: float, high: float) -> float:
@@ -79,7 +79,7 @@ def _park(x, y, g):
 
 def _office(x, y, g):
     period = 0.80
-    u, number = (x + _rand(g, 0, period)) % period, ((x / period).floor())
+    u = (x + _rand(g, 0, period)) % period
     picture = _mix((206, 202, 194), (172, 168, 162), _step(0, 1, y)) * (0.95 + 0.1 * _noise(g, 2))[..., None]
     pane = _step(0.03, 0.04, u) * _step(0.39, 0.38, u) * _step(0.10, 0.11, y) * _step(0.74, 0.73, y)
     towers = 0.30 + 0.25 * _cells(u * 22, g, 97)
@@ -89,13 +89,14 @@ def _office(x, y, g):
     frame = pane * torch.maximum(_step(0.012, 0.006, (u - 0.21).abs()), _step(0.012, 0.006, (y - 0.42).abs()))
     picture = _mix(picture, (238, 238, 236), frame)
     shelf = _step(0.46, 0.465, u) * _step(0.76, 0.755, u) * _step(0.06, 0.065, y)
-    picture = _mix(picture, (122, 84, 52), shelf)
-    binder = _cells((u * 36).floor() * 13 + (y * 5).floor() * 7, g, 89)
-    hues = torch.stack([linear(c) for c in ((30, 60, 120), (224, 222, 214), (160, 34, 34), (40, 40, 44), (36, 104, 82), (206, 168, 60))])
-    body = shelf * _step(0.475, 0.478, u) * _step(0.745, 0.742, u) * (((y * 5) % 1) > 0.22).float() * (((y * 5) % 1) < 0.92).float()
-    picture = _mix(picture, hues[(binder * 6).long().clamp(max=5)] * (0.35 + 0.65 * _step(0.0, 0.25, (u * 36) % 1))[..., None], body)
-    desk = _step(0.80, 0.81, y)
-    return _mix(picture, (128, 92, 62), desk * (u < 0.46).float())
+    picture = _mix(picture, (206, 196, 182), shelf)
+    binder = _cells((u * 28).floor() * 13 + (y * 4).floor() * 7, g, 89)
+    hues = torch.stack([linear(c) for c in ((40, 66, 110), (232, 230, 224), (150, 154, 160), (44, 46, 50), (222, 220, 212), (190, 62, 48))])
+    body = shelf * _step(0.475, 0.478, u) * _step(0.745, 0.742, u) * (((y * 4) % 1) > 0.30).float() * (((y * 4) % 1) < 0.93).float() * (binder > 0.18).float()
+    picture = _mix(picture, hues[(binder * 6).long().clamp(max=5)] * (0.35 + 0.65 * _step(0.0, 0.25, (u * 28) % 1))[..., None], body)
+    desk, screen = _step(0.80, 0.81, y), torch.maximum((u - 0.22).abs() / 0.135, (y - 0.67).abs() / 0.095)
+    picture = _mix(_mix(picture, (128, 92, 62), desk * (u < 0.46).float()), (34, 36, 40), _step(1.0, 0.97, screen))
+    return _mix(picture, linear((70, 140, 220)) * 1.3, _step(0.9, 0.87, screen))
 
 
 def _lights(picture, g, count, low, high, strength, colours):
@@ -114,11 +115,11 @@ def _night(x, y, g):
     tower = (y > roof).float() * (((x * 7) % 1) > 0.06).float()
     picture = _mix(picture, (20, 22, 38), tower)
     window = tower * (((x * 49) % 1) > 0.45).float() * (((y * 30) % 1) > 0.5).float() * (y < 0.8).float()
-    lit = (_cells((x * 49).floor() * 17 + (y * 30).floor() * 29, g, 499) > 0.72).float()
-    picture = _mix(picture, linear((255, 206, 120)) * 1.6, window * lit)
+    lit = (_cells((x * 49).floor() * 17 + (y * 30).floor() * 29, g, 499) > 0.84).float()
+    picture = _mix(picture, linear((255, 206, 120)) * 2.0, window * lit)
     picture = _mix(picture, (34, 28, 40), _step(0.86, 0.9, y))
     lamps = ((255, 190, 90), (255, 96, 60), (110, 160, 255), (255, 236, 190), (80, 220, 170), (255, 90, 170))
-    return _lights(picture, g, 130, 0.15, 0.98, 55.0, lamps)
+    return _lights(picture, g, 120, 0.10, 0.98, 60.0, lamps)
 
 
 def _sunset(x, y, g):

@@ -22,14 +22,15 @@ BODY, COLLAR, TIE, LAPEL, ROLL = range(5)
 def neckline(top: str, place: Tensor) -> Tensor:
     """Height of a garment's upper edge at a template place (n, 3) -> (n,)."""
     across, front = place[:, 0].abs(), ((-0.01 - place[:, 1]) / 0.03).clamp(0, 1)
-    return {"t-shirt": 0.545 + 0.25 * across - 0.022 * front, "striped": 0.549 + 0.25 * across - 0.018 * front,
-            "v-neck": front * (0.474 + 1.20 * across) + (1 - front) * (0.553 + 0.2 * across), "turtleneck": 0.560 + 0 * across,
-            "suit": 0.552 + 0.18 * across, "shirt": front * (0.474 + 1.6 * across) + (1 - front) * 0.562}[top]
+    crew = front * (0.521 + 7 * across**2) + (1 - front) * (0.550 + 0.2 * across)
+    return {"t-shirt": crew, "striped": crew + 0.003, "v-neck": front * (0.474 + 1.20 * across) + (1 - front) * (0.553 + 0.2 * across),
+            "turtleneck": 0.560 + 0 * across, "suit": 0.552 + 0.18 * across,
+            "shirt": front * (0.474 + 1.6 * across) + (1 - front) * 0.562}[top]
 
 
-def opening(z: Tensor) -> Tensor:
-    """Half the width of a jacket's opening at a height."""
-    return 0.048 - 0.27 * (0.560 - z)
+def opening(z):
+    """Half the width of a jacket's opening at a height, of tensors or arrays."""
+    return 0.046 - 0.30 * (0.560 - z)
 
 
 @lru_cache(maxsize=1)
@@ -71,13 +72,13 @@ def _roll() -> list:
     return [_sheet(_round(angle + 0 * profile[:, 0], profile[:, 0] + 0 * angle, profile[:, 1] - drop), ROLL)]
 
 
-def _collar(opens: float, spread: float) -> list:
+def _collar(opens: float, spread: float, length: float = 1.0) -> list:
     """Both leaves of a shirt collar: up from the neck, over, and down to a point that lies `spread` degrees beside the opening."""
     knots = np.array([opens, 45, 90, 135, 180])
     angle = np.linspace(opens, 180, 22)[:, None]
     top_z, top_r = (np.interp(angle, knots, v) for v in ((.536, .554, .574, .584, .587), (.050, .053, .055, .053, .049)))
     low_z, low_r = (np.interp(angle, knots, v) for v in ((.492, .520, .556, .562, .564), (.067, .076, .082, .072, .062)))
-    t = np.linspace(0, 1, 7)
+    t = np.linspace(0, 1, 7) * length
     side = angle + spread * t * np.clip((70 - angle) / 60, 0, 1)
     radius, z = top_r + (low_r - top_r) * t + 0.005 * np.sin(math.pi * t), top_z + (low_z - top_z) * t + 0.004 * np.sin(math.pi * t)
     return [_sheet(_round(sign * side, radius, z), COLLAR) for sign in (-1, 1)]
@@ -85,7 +86,7 @@ def _collar(opens: float, spread: float) -> list:
 
 def _lapels() -> list:
     z = np.linspace(0.562, 0.400, 20)[:, None]
-    inner = 0.048 - 0.27 * (0.560 - z)
+    inner = opening(z)
     wide = np.interp(0.562 - z, [0, 0.045, 0.052, 0.060, 0.162], [0.018, 0.038, 0.026, 0.043, 0.016])
     t = np.linspace(0, 1, 6)
     x = inner + wide * t
@@ -106,7 +107,7 @@ def _tie() -> list:
 @lru_cache(maxsize=16)
 def pieces(top: str, device: str) -> Prop | None:
     """What of a garment stands off the body, if anything does."""
-    sheets = {"turtleneck": lambda: _roll(), "shirt": lambda: _collar(24, 10), "suit": lambda: _collar(5, 16) + _lapels() + _tie()}.get(top)
+    sheets = {"turtleneck": _roll, "shirt": lambda: _collar(24, 10), "suit": lambda: _collar(5, 13, 0.72) + _lapels() + _tie()}.get(top)
     if sheets is None:
         return None
     points, triangles, across = zip(*sheets())

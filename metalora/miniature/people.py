@@ -137,7 +137,7 @@ def scene(who: Person, seed: int, usual_looks: float = 0.65) -> Scene:
                  gaze=(-math.radians(yaw) * 0.6 if rng.random() < 0.6 else rng.gauss(0, 0.14), rng.gauss(0, 0.05)),
                  light=rng.choice(PLACE_LIGHTS[place]), top=top, top_colour=top_colour, second_colour=second, hat=hat,
                  hat_colour=rng.choice(captions.CLOTH_COLOURS), hair=hair, hair_colour=hair_colour, glasses=glasses,
-                 zoom=rng.uniform(0.94, 1.08), shift=(rng.gauss(0, 0.008), rng.gauss(0, 0.004)),
+                 zoom=rng.uniform(0.93, 1.06), shift=(rng.gauss(0, 0.008), rng.gauss(0, 0.004)),
                  exposure=rng.uniform(0.92, 1.12), style=rng.choices(list(STYLES), list(STYLES.values()))[0])
     made.attributes.update(_visible(who, made))
     return made
@@ -182,9 +182,9 @@ LIGHTS = {
     "sun": Light((-0.5, -0.75, 0.65), (1.48, 1.40, 1.22), (0.44, 0.52, 0.62), (0.52, 0.46, 0.36), (0.60, 0.56, 0.46), 1),
     "warm": Light((0.75, -0.7, 0.15), (1.42, 1.02, 0.66), (0.36, 0.34, 0.44), (0.44, 0.32, 0.24), (1.70, 0.86, 0.34), -1),
     "lamp": Light((-0.6, -0.8, 0.4), (1.15, 0.98, 0.78), (0.36, 0.34, 0.32), (0.38, 0.32, 0.26), (0.50, 0.38, 0.22), 1),
-    "cool": Light((-0.45, -0.85, 0.35), (0.86, 0.94, 1.06), (0.32, 0.36, 0.46), (0.30, 0.28, 0.36), (0.30, 0.60, 1.30), 1),
-    "neon": Light((0.5, -0.85, 0.25), (0.98, 0.86, 0.84), (0.32, 0.32, 0.46), (0.34, 0.26, 0.36), (1.40, 0.28, 0.85), -1),
-    "snow": Light((0.45, -0.8, 0.5), (1.14, 1.15, 1.14), (0.52, 0.58, 0.68), (0.58, 0.63, 0.74), (0.70, 0.76, 0.86), -1)}
+    "cool": Light((-0.45, -0.85, 0.35), (0.86, 0.94, 1.06), (0.32, 0.36, 0.46), (0.30, 0.28, 0.36), (0.26, 0.52, 1.10), 1),
+    "neon": Light((0.5, -0.85, 0.25), (0.98, 0.86, 0.84), (0.32, 0.32, 0.46), (0.34, 0.26, 0.36), (1.00, 0.20, 0.62), -1),
+    "snow": Light((0.45, -0.8, 0.5), (1.04, 1.05, 1.05), (0.44, 0.50, 0.60), (0.50, 0.55, 0.66), (0.70, 0.76, 0.86), -1)}
 PLACE_LIGHTS = {"grey": ("soft", "left", "right", "above"), "blue": ("soft", "left", "right", "above"), "brick": ("soft", "left", "right", "sun"),
                 "park": ("leaves", "leaves", "sun"), "office": ("window", "soft", "right"), "night": ("cool", "neon"), "sunset": ("warm",),
                 "beach": ("sun", "sun", "right"), "snow": ("snow",), "library": ("lamp", "soft", "window")}

@@ -185,7 +185,8 @@ def cloth(s: Surface, p: Palette) -> tuple[Tensor, Tensor]:
     silk = p.second[s.picture] * (0.85 + 0.3 * (torch.sin((x + z) * 700) > 0.3))[:, None]
     colour = torch.where((kind == clothes.TIE)[:, None], silk, colour)
     edge = step(0.80, 0.90, (2 * t - 1).abs())
-    colour = colour * (1 - edge * (0.30 * (kind == clothes.COLLAR) + 0.40 * (kind == clothes.LAPEL)))[:, None]
+    collar, lapel = (kind == clothes.COLLAR).float(), (kind == clothes.LAPEL).float()
+    colour = colour * (1 - edge * (0.30 * collar + 0.45 * lapel) - 0.16 * lapel)[:, None]
     angle = torch.atan2(x, clothes.NECK_AXIS - y)
     rib = torch.where(kind == clothes.ROLL, torch.sin(angle * 44), torch.sin(x * 700))
     knit = p.numbers(lambda _, scene: {"turtleneck": 1.0, "v-neck": 0.5}.get(scene.top, 0.0))[s.picture] * torch.where(kind == clothes.ROLL, 1.0, 0.45)
@@ -290,5 +291,5 @@ def illuminate(s: Surface, p: Palette, colour: Tensor, gloss: Tensor, glow: Tens
     light = colour * (p.light_colour[s.picture] * diffuse * lit * (0.55 + 0.45 * s.occlusion) + around)
     light = light + glow + (highlight[:, None] * 1.6 * s.lit + sheen[:, None] * soft) * p.light_colour[s.picture] * 0.5
     behind = (s.normal * p.rim_direction[s.picture]).sum(1, keepdim=True).clamp(min=0)
-    grazing = (1 - (s.normal * s.view).sum(1, keepdim=True).clamp(0, 1)) ** 2.5
+    grazing = (1 - (s.normal * s.view).sum(1, keepdim=True).clamp(0, 1)) ** 3
     return light + p.rim[s.picture] * behind * grazing * s.occlusion * (0.12 + 0.9 * colour)

@@ -47,7 +47,7 @@ def _grid(picture: Tensor) -> tuple[Tensor, Tensor]:
 
 def black_and_white(picture: Tensor, subject: Tensor, seeds: list[int]) -> Tensor:
     """A panchromatic film: more contrast in the middle tones, a little grain, darker corners."""
-    grey = _luma(picture)
+    grey = _luma(picture) ** 0.9
     grey = grey + 0.35 * (grey * grey * (3 - 2 * grey) - grey)
     x, y = _grid(picture)
     corner = 1 - 0.22 * (((x - 64) / 90) ** 2 + ((y - 64) / 90) ** 2)
@@ -117,11 +117,11 @@ def oil(picture: Tensor, subject: Tensor, seeds: list[int]) -> Tensor:
     variance = (mean[:, :, 3:] - _luma(mean[:, :, :3].flatten(0, 1)).view(n, SECTORS, 1, size, size) ** 2).clamp(min=0)
     weight = 1 / (1 + (variance.sqrt() * 60) ** 4)
     painted = (mean[:, :, :3] * weight).sum(1) / weight.sum(1)
-    painted = painted + 0.4 * subject * (vivid - painted)  # a portrait keeps the finer brush for the sitter
+    painted = painted + 0.3 * subject * (vivid - painted)  # a portrait keeps the finer brush for the sitter
     x, y = _grid(picture)
     weave = torch.sin(x * 2.6) * torch.sin(y * 2.6)
     relief = bristle - torch.roll(bristle, (1, 1), (2, 3))  # paint lies in ridges, lit from the upper left
-    return (painted * (1 + (0.018 * relief + 0.014 * bristle) * (1 - 0.55 * subject) + 0.02 * weave)).clamp(0, 1)
+    return (painted * (1 + (0.018 * relief + 0.014 * bristle) * (1 - 0.4 * subject) + 0.02 * weave)).clamp(0, 1)
 
 
 FILTERS = {"pencil": pencil, "oil": oil, "bw": black_and_white}
