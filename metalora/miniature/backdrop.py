@@ -127,8 +127,8 @@ def _sunset(x, y, g):
     sky = _mix(sky, linear((255, 168, 66)) * 1.25, _step(0.28, 0.60, y))
     clouds = _step(0.52, 0.75, _noise(g, 6, stretch=5)) * _step(0.62, 0.2, y)
     sky = _mix(sky, linear((255, 128, 92)) * 1.3, clouds * 0.85)
-    for at in torch.arange(0.2, WIDTH / HEIGHT, 0.62).tolist():  # so that a crop finds one; only ever one is seen beside the head
-        distance = ((x - at - _rand(g, -0.1, 0.1)) ** 2 + (y - 0.565) ** 2).sqrt()
+    for at in torch.arange(0.2, WIDTH / HEIGHT, 1.0).tolist():  # farther apart than a piece is wide: never two
+        distance = ((x - at - _rand(g, 0, 0.08)) ** 2 + (y - 0.565) ** 2).sqrt()
         sky = sky + linear((255, 190, 90)) * (0.5 * torch.exp(-distance / 0.09))[..., None]
         sky = _mix(sky, linear((255, 236, 170)) * 3, _step(0.052, 0.045, distance))
     water = _mix((236, 128, 84), (60, 50, 92), _step(0.62, 0.95, y)) * (0.7 + 0.6 * _noise(g, 14, stretch=9))[..., None]

@@ -186,7 +186,7 @@ def render(pairs: list[tuple[Person, Scene]], size: int, device: str = "cpu") ->
     triangle = index.flatten()[pixel]
     vertex = stage.triangles[triangle]
     table = torch.cat([stage.points, stage.normals, stage.place, stage.extra], 1)
-    mixed = (table[vertex] * weights[..., None]).sum(1)
+    mixed = torch.nn.functional.embedding_bag(vertex, table, mode="sum", per_sample_weights=weights)  # interpolates without temporaries
     picture, normal = stage.picture[triangle], torch.nn.functional.normalize(mixed[:, 3:6], dim=1)
     view = torch.nn.functional.normalize(camera.place[picture] - mixed[:, :3], dim=1)
     normal = torch.where(((normal * view).sum(1) < 0)[:, None] & two_sided[triangle][:, None], -normal, normal)
