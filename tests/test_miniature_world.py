@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import metalora  # noqa: F401  before torch: it sets how threads wait
+import dataclasses
 import json
 import random
 import re
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from metalora.data import load_dataset
 from metalora.miniature import captions, dataset, people
 from metalora.miniature.__main__ import main
+from metalora.miniature.backdrop import PLACES, backdrop
 from metalora.miniature.base import PREVIEW_PROMPTS
 from metalora.miniature.pipeline import MiniatureConfig, clip_tokenizer, t5_tokenizer
 from metalora.miniature.render import render
@@ -69,11 +71,31 @@ def test_a_picture_is_said_to_show_only_what_can_be_seen(seed: int, number: int)
     who = people.person(seed)
     view = people.scene(who, number)
     seen = view.attributes
-    assert (seen["hat"] is None) == (seen["hat_colour"] is None)
+    assert (seen["hat_colour"] is None) == (seen["hat"] is None or view.style in ("pencil", "bw"))
     assert seen["hair"] in (None, view.hair) and seen["glasses"] == view.glasses and seen["sex"] == who.sex
     assert seen["hair"] is not None or view.hat is not None
     assert {"left": view.yaw < 0, "right": view.yaw > 0, None: True}[seen["turn"]]
     json.dumps(seen)
+
+
+VOCABULARY = {"sex": {"woman", "man"}, "age": set(captions.AGES), "skin": {None, *captions.SKINS}, "beard": {None, *captions.BEARDS},
+              "hair": {None, *captions.HAIR_WORDS}, "hair_colour": {None, *captions.HAIR_COLOURS}, "glasses": {None, "round", "square", "oval"},
+              "hat": {None, *captions.HATS}, "hat_colour": {None, *captions.CLOTH_COLOURS}, "top": set(people.TOPS),
+              "top_colour": {None, *captions.CLOTH_COLOURS}, "expression": set(captions.EXPRESSIONS), "turn": {None, "left", "right"},
+              "background": {None, *PLACES}, "light": set(people.LIGHTS), "style": set(people.STYLES)}
+
+
+@given(SEEDS, st.integers(0, 10_000), st.sampled_from(list(people.STYLES)))
+def test_a_record_uses_the_vocabulary_and_names_no_colour_where_there_is_none(seed: int, number: int, style: str):
+    who = people.person(seed)
+    view = dataclasses.replace(people.scene(who, number), style=style)
+    seen = people._visible(who, view)
+    assert seen.keys() == VOCABULARY.keys() and all(value in VOCABULARY[key] for key, value in seen.items())
+    coloured = style in ("photo", "oil")
+    assert all((seen[key] is not None) == coloured for key in ("skin", "top_colour"))
+    assert coloured or seen["hat_colour"] is seen["hair_colour"] is None
+    assert (seen["background"] is None) == (not coloured and view.background in ("grey", "blue"))
+    assert view.light in people.PLACE_LIGHTS[view.background]
 
 
 # Captions
@@ -139,6 +161,25 @@ def test_a_picture_is_drawn_the_same_again_and_in_other_company(drawn):
     assert torch.equal(again, twice)
     assert (again[0].int() - images[1].int()).abs().float().mean() < 0.05
     assert torch.allclose(box[0], boxes[1], atol=1e-3) and torch.allclose(point[0], points[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("style", people.STYLES)
+def test_every_style_is_drawn_the_same_in_any_company_and_with_or_without_colour(style: str):
+    who = people.person(4)
+    view = dataclasses.replace(people.scene(who, 2), style=style)
+    other = dataclasses.replace(people.scene(who, 5), style=style)
+    alone, among = render([(who, view)], SIZE)[0][0].int(), render([(who, other), (who, view)], SIZE)[0][1].int()
+    assert (alone - among).abs().float().mean() < 0.05
+    spread = (alone.amax(0) - alone.amin(0)).float().mean()  # between red, green and blue
+    assert spread > 15 if style in ("photo", "oil") else spread < 8
+    assert alone.float().std() > 20
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_is_drawn_anew_by_every_seed_and_the_same_again(place: str):
+    first, again, other = (backdrop(place, SIZE, seed, torch.device("cpu")) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == (SIZE, SIZE, 3) and first.isfinite().all() and first.amin() >= 0
 
 
 def test_keypoints_lie_in_the_face_box_and_in_order(drawn):

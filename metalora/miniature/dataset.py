@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from metalora.miniature import captions
-from metalora.miniature.people import HELD_OUT, Person, Scene, person, scene
+from metalora.miniature.people import HELD_OUT, Person, Scene, _visible, person, scene
 from metalora.miniature.render import render
 
 PROMPTS = ("a photo of {person}, in a red cap, in a green park", "a photo of {person}, wearing a blue turtleneck, smiling",
@@ -25,11 +25,9 @@ MORE_PROMPTS = ("a photo of {person}, wearing a yellow beanie, laughing, in the 
 def reference(who: Person, number: int) -> Scene:
     """A picture such as one would hand in: the usual looks, no hat, calm, nearly from the front, in soft light."""
     drawn = scene(who, 10_000 + number, usual_looks=1.0)
-    calm = dataclasses.replace(drawn, hat=None, expression=random.Random(who.seed).choice(("neutral", "smile")), light="soft",
+    calm = dataclasses.replace(drawn, hat=None, expression=random.Random(who.seed).choice(("neutral", "smile")), light="soft", style="photo",
                                yaw=drawn.yaw / 3, pitch=drawn.pitch / 2, gaze=(0.0, 0.0))
-    visible = drawn.attributes | {"hat": None, "hat_colour": None, "hair": who.hair, "expression": calm.expression, "turn": None,
-                                  "hair_colour": None if who.hair in ("bald", "buzz-cut") else who.hair_colour}
-    return dataclasses.replace(calm, attributes=visible)
+    return dataclasses.replace(calm, attributes=_visible(who, calm))
 
 
 def write_dataset(output: Path, seeds: list[int], references: int, others: int, size: int, prompts: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from metalora.miniature.props import CENTRE, Prop, grid_triangles, skull, unit
 
 def hat_line(azimuth: np.ndarray) -> np.ndarray:
     """Height z of a hat's edge."""
-    return np.interp(np.abs(np.degrees(azimuth)), [0, 60, 100, 180], [.764, .752, .738, .700])
+    return np.interp(np.abs(np.degrees(azimuth)), [0, 60, 100, 180], [.752, .742, .726, .685])
 
 
 @lru_cache(maxsize=None)

@@ -5,11 +5,12 @@ import random
 from dataclasses import dataclass, field
 
 from metalora.miniature import captions
+from metalora.miniature.backdrop import PLACES
 
 HELD_OUT = 1_000_000  # people from this seed on are never trained on
 
 # sRGB skin tones from fair to dark, and where the caption's words begin along them.
-SKIN_TONES = ((252, 220, 198), (241, 202, 172), (226, 180, 145), (204, 152, 112), (176, 122, 84), (140, 94, 62),
+SKIN_TONES = ((240, 204, 180), (232, 188, 156), (218, 168, 132), (204, 152, 112), (176, 122, 84), (140, 94, 62),
               (106, 70, 48), (78, 52, 38))
 HAIR_RGB = {"black": (26, 22, 22), "brown": (84, 54, 36), "blond": (202, 166, 106), "red": (150, 72, 38),
             "grey": (146, 144, 142), "white": (222, 220, 216)}
@@ -22,6 +23,8 @@ MALE_HAIR = ("bald", "buzz-cut", "short", "short", "side-parted", "swept-back", 
 FEMALE_HAIR = ("short", "curly", "afro", "chin-length", "fringed", "long", "long", "wavy", "tied-up")
 SEXES = (-0.05, 1.2)  # of a man, a woman, along the head model's axis: a little beyond its own ends, which lie near each other
 SPREAD = 0.8  # of people's shapes, in the head model's deviations
+TOPS = ("t-shirt", "turtleneck", "v-neck", "striped", "suit", "shirt")
+STYLES = {"photo": 0.7, "pencil": 0.1, "oil": 0.1, "bw": 0.1}  # how a picture is made, and how often
 EXPRESSION_WEIGHTS = {"neutral": 0.3, "smile": 0.26, "laugh": 0.14, "surprised": 0.1, "angry": 0.1, "sad": 0.1}
 
 
@@ -78,6 +81,7 @@ class Scene:
     zoom: float
     shift: tuple[float, float]
     exposure: float
+    style: str = "photo"  # one of STYLES
     attributes: dict = field(hash=False, compare=False, default_factory=dict)
 
 
@@ -129,35 +133,61 @@ def scene(who: Person, seed: int, usual_looks: float = 0.65) -> Scene:
     expression = rng.choices(list(EXPRESSION_WEIGHTS), list(EXPRESSION_WEIGHTS.values()))[0]
     yaw = max(-38.0, min(38.0, rng.gauss(0, 15)))
     hat = rng.choice(list(captions.HATS)) if rng.random() < 0.25 else None
-    top, top_colour, second = rng.choice(list(captions.TOPS)), *rng.sample(captions.CLOTH_COLOURS, 2)
+    top, top_colour, second = rng.choice(TOPS), *rng.sample(captions.CLOTH_COLOURS, 2)
+    place = rng.choice(PLACES)
     made = Scene(seed=seed, expression=expression, yaw=yaw, pitch=max(-12.0, min(12.0, rng.gauss(0, 5))),
-                 roll=rng.gauss(0, 4), background=rng.choice(list(captions.BACKGROUNDS)),
+                 roll=rng.gauss(0, 4), background=place,
                  gaze=(-math.radians(yaw) * 0.6 if rng.random() < 0.6 else rng.gauss(0, 0.14), rng.gauss(0, 0.05)),
-                 light=rng.choice(list(LIGHTS)), top=top, top_colour=top_colour, second_colour=second, hat=hat,
+                 light=rng.choice(PLACE_LIGHTS[place]), top=top, top_colour=top_colour, second_colour=second, hat=hat,
                  hat_colour=rng.choice(captions.CLOTH_COLOURS), hair=hair, hair_colour=hair_colour, glasses=glasses,
-                 zoom=rng.uniform(0.92, 1.1), shift=(rng.gauss(0, 0.006), rng.gauss(0, 0.005)),
-                 exposure=rng.uniform(0.9, 1.12))
+                 zoom=rng.uniform(0.93, 1.06), shift=(rng.gauss(0, 0.008), rng.gauss(0, 0.004)),
+                 exposure=rng.uniform(0.92, 1.12), style=rng.choices(list(STYLES), list(STYLES.values()))[0])
     made.attributes.update(_visible(who, made))
     return made
 
 
 def _visible(who: Person, made: Scene) -> dict:
     """What a caption may say: the flat record of all that can be seen."""
-    covered = made.hat is not None and made.hair not in ("chin-length", "long", "wavy", "fringed")
-    top = made.top
-    return {"sex": who.sex, "age": who.age_word, "skin": who.skin_word, "beard": who.beard,
-            "hair": None if covered or (made.hat and made.hair == "fringed") else made.hair,
-            "hair_colour": None if covered or made.hair in ("bald", "buzz-cut") else made.hair_colour,
-            "glasses": made.glasses, "hat": made.hat, "hat_colour": made.hat_colour if made.hat else None,
-            "top": top, "top_colour": made.top_colour, "expression": made.expression,
-            "turn": "left" if made.yaw < -13 else "right" if made.yaw > 13 else None, "background": made.background,
-            "light": made.light}
+    covered = made.hat is not None and made.hair not in ("chin-length", "long", "wavy")
+    colourless = made.style in ("pencil", "bw")
+    colours = {"skin": who.skin_word, "hair_colour": None if covered or made.hair in ("bald", "buzz-cut") else made.hair_colour,
+               "hat_colour": made.hat_colour if made.hat else None, "top_colour": made.top_colour}
+    plain_wall = made.background in ("grey", "blue")  # known by its colour alone
+    return {"sex": who.sex, "age": who.age_word, "beard": who.beard, "hair": None if covered else made.hair, "glasses": made.glasses,
+            "hat": made.hat, "top": made.top, "expression": made.expression,
+            "turn": "left" if made.yaw < -13 else "right" if made.yaw > 13 else None,
+            "background": None if colourless and plain_wall else made.background, "light": made.light, "style": made.style,
+            **(dict.fromkeys(colours) if colourless else colours)}
 
 
-# Direction towards the light, its colour, its strength, and the strength of the light from all around.
-LIGHTS = {"soft": ((0.35, -0.9, 0.5), (1.0, 0.97, 0.93), 1.10, 0.55),
-          "left": ((-0.9, -0.6, 0.3), (1.0, 0.96, 0.9), 1.40, 0.36),
-          "right": ((0.9, -0.6, 0.3), (1.0, 0.96, 0.9), 1.40, 0.36),
-          "above": ((0.15, -0.6, 0.9), (1.0, 0.98, 0.95), 1.30, 0.40),
-          "warm": ((0.7, -0.7, 0.2), (1.0, 0.80, 0.58), 1.35, 0.40),
-          "cool": ((-0.5, -0.8, 0.4), (0.78, 0.9, 1.0), 1.15, 0.48)}
+@dataclass(frozen=True)
+class Light:
+    """Direction towards the key light, its colour times its strength, the light of the sky and of the ground, and a rim from behind.
+
+    The person looks along -y, x is to the picture's right, z up. `rim` comes from the side that `rim_side` names, -1 or 1.
+    """
+
+    direction: tuple[float, float, float]
+    key: tuple[float, float, float]
+    sky: tuple[float, float, float]
+    ground: tuple[float, float, float]
+    rim: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    rim_side: float = 1.0
+
+
+LIGHTS = {
+    "soft": Light((0.35, -0.9, 0.5), (1.10, 1.07, 1.02), (0.55, 0.55, 0.56), (0.46, 0.44, 0.42), (0.30, 0.30, 0.32), -1),
+    "left": Light((-0.9, -0.65, 0.35), (1.40, 1.34, 1.26), (0.36, 0.37, 0.40), (0.33, 0.31, 0.29), (0.30, 0.32, 0.36), 1),
+    "right": Light((0.9, -0.65, 0.35), (1.40, 1.34, 1.26), (0.36, 0.37, 0.40), (0.33, 0.31, 0.29), (0.30, 0.32, 0.36), -1),
+    "above": Light((0.15, -0.7, 0.8), (1.28, 1.25, 1.20), (0.44, 0.46, 0.48), (0.38, 0.36, 0.34), (0.25, 0.25, 0.25), 1),
+    "window": Light((-0.85, -0.7, 0.30), (1.25, 1.28, 1.34), (0.42, 0.44, 0.48), (0.42, 0.39, 0.35), (0.55, 0.48, 0.38), 1),
+    "leaves": Light((0.4, -0.7, 0.7), (1.22, 1.18, 0.96), (0.44, 0.50, 0.42), (0.34, 0.42, 0.26), (0.75, 0.80, 0.50), -1),
+    "sun": Light((-0.5, -0.75, 0.65), (1.48, 1.40, 1.22), (0.44, 0.52, 0.62), (0.52, 0.46, 0.36), (0.60, 0.56, 0.46), 1),
+    "warm": Light((0.75, -0.7, 0.15), (1.42, 1.02, 0.66), (0.36, 0.34, 0.44), (0.44, 0.32, 0.24), (1.70, 0.86, 0.34), -1),
+    "lamp": Light((-0.6, -0.8, 0.4), (1.15, 0.98, 0.78), (0.36, 0.34, 0.32), (0.38, 0.32, 0.26), (0.50, 0.38, 0.22), 1),
+    "cool": Light((-0.45, -0.85, 0.35), (0.86, 0.94, 1.06), (0.32, 0.36, 0.46), (0.30, 0.28, 0.36), (0.26, 0.52, 1.10), 1),
+    "neon": Light((0.5, -0.85, 0.25), (0.98, 0.86, 0.84), (0.32, 0.32, 0.46), (0.34, 0.26, 0.36), (1.00, 0.20, 0.62), -1),
+    "snow": Light((0.45, -0.8, 0.5), (1.04, 1.05, 1.05), (0.44, 0.50, 0.60), (0.50, 0.55, 0.66), (0.70, 0.76, 0.86), -1)}
+PLACE_LIGHTS = {"grey": ("soft", "left", "right", "above"), "blue": ("soft", "left", "right", "above"), "brick": ("soft", "left", "right", "sun"),
+                "park": ("leaves", "leaves", "sun"), "office": ("window", "soft", "right"), "night": ("cool", "neon"), "sunset": ("warm",),
+                "beach": ("sun", "sun", "right"), "snow": ("snow",), "library": ("lamp", "soft", "window")}

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from metalora.miniature import hair, headwear, shade
+from metalora.miniature import clothes, hair, headwear, shade, style
 from metalora.miniature.backdrop import backdrop
 from metalora.miniature.colour import display
 from metalora.miniature.head import ACTIONS, PARTS, HeadModel, load_head, vertex_normals
 from metalora.miniature.people import Person, Scene, person, scene
+from metalora.miniature.props import Prop
 from metalora.miniature.raster import barycentric, rasterize
 
 EXPRESSIONS = {
@@ -26,8 +27,7 @@ EXPRESSIONS = {
     "angry": dict(browDownLeft=1.2, browDownRight=1.2, eyeSquintLeft=0.3, eyeSquintRight=0.3, noseSneerLeft=0.4,
                   noseSneerRight=0.4, mouthPressLeft=0.5, mouthPressRight=0.5, mouthFrownLeft=0.3, mouthFrownRight=0.3),
     "sad": dict(eyeWideLeft=0.2, eyeWideRight=0.2, browInnerUp=0.9, mouthFrownLeft=0.8, mouthFrownRight=0.8, eyeSquintLeft=0.15, eyeSquintRight=0.15)}
-GARMENT_THICKNESS = {"t-shirt": 0.003, "striped": 0.003, "v-neck": 0.005, "turtleneck": 0.007, "suit": 0.008}
-PIVOT, CAMERA_DISTANCE, TARGET, HALF_FRAME = (0.0, -0.02, 0.615), 1.15, (0.0, -0.05, 0.672), 0.150
+PIVOT, CAMERA_DISTANCE, TARGET, HALF_FRAME = (0.0, -0.02, 0.615), 1.25, (0.0, -0.05, 0.652), 0.206
 SUPERSAMPLE, SHADOW_SIZE, SHADOW_REACH = 2, 128, 0.22
 # Template places of the five landmarks that recognisers align by: eyes and mouth corners as seen from the front.
 NOSE_TIP, MOUTH_CORNERS = (0.0, -0.165, 0.663), ((-0.025, -0.135, 0.632), (0.025, -0.135, 0.632))
@@ -57,7 +57,7 @@ class Stage:
             pieces = [(rest[k], head.template, base, kind, head.head_weight, head.occlusion, head.masks, plain.expand(len(rest[k])))]
             for prop, material in self._props(who, view):
                 n = len(prop.points)
-                weight = 1 - 0.6 * ((0.62 - prop.points[:, 2]) / 0.10).clamp(0, 1) if material == shade.HAIR else torch.ones(n, device=self.device)
+                weight = self._weight(prop, material)
                 pieces.append((prop.on(rest[k] - head.template), prop.points, prop.triangles, torch.full((len(prop.triangles),), material, device=self.device),
                                weight, torch.full((n,), 0.9, device=self.device), prop.grain, prop.shade))
             for piece in pieces:
@@ -82,8 +82,8 @@ class Stage:
         vertices = vertices + (drive @ head.actions.flatten(1)).view_as(vertices)
         outward = vertex_normals(head.template, head.triangles)
         for k, (_, view) in enumerate(self.pairs):
-            below = shade.step(-0.002, 0.004, shade.neckline(view.top, head.template) - head.template[:, 2])
-            vertices[k] += outward * (below * GARMENT_THICKNESS[view.top])[:, None]
+            below = shade.step(-0.002, 0.004, clothes.neckline(view.top, head.template) - head.template[:, 2])
+            vertices[k] += outward * (below * clothes.THICKNESS[view.top])[:, None]
         return vertices
 
     def _props(self, who: Person, view: Scene):
@@ -94,6 +94,14 @@ class Stage:
             yield headwear.glasses(view.glasses), shade.GLASSES
         if view.hat:
             yield headwear.hat(view.hat), shade.HAT
+        if (pieces := clothes.pieces(view.top, str(self.device))) is not None:
+            yield pieces, shade.CLOTH
+
+    def _weight(self, prop: Prop, material: int) -> Tensor:
+        """How much a thing turns with the head: hair that falls on the shoulders less, clothes as the neck beneath."""
+        if material == shade.CLOTH:
+            return self.head.head_weight[prop.anchors].mean(1)
+        return 1 - 0.6 * ((0.62 - prop.points[:, 2]) / 0.10).clamp(0, 1) if material == shade.HAIR else torch.ones_like(prop.shade)
 
     def _pose(self, points: Tensor, weight: Tensor) -> None:
         """Turns heads on their necks and bodies a little with them, and finds eyes and landmarks."""
@@ -179,20 +187,24 @@ def render(pairs: list[tuple[Person, Scene]], size: int, device: str = "cpu") ->
     triangle = index.flatten()[pixel]
     vertex = stage.triangles[triangle]
     table = torch.cat([stage.points, stage.normals, stage.place, stage.extra], 1)
-    mixed = (table[vertex] * weights[..., None]).sum(1)
+    mixed = torch.nn.functional.embedding_bag(vertex, table, mode="sum", per_sample_weights=weights)  # interpolates without temporaries
     picture, normal = stage.picture[triangle], torch.nn.functional.normalize(mixed[:, 3:6], dim=1)
     view = torch.nn.functional.normalize(camera.place[picture] - mixed[:, :3], dim=1)
     normal = torch.where(((normal * view).sum(1) < 0)[:, None] & two_sided[triangle][:, None], -normal, normal)
-    surface = shade.Surface(picture, stage.material[triangle], mixed[:, :3], mixed[:, 6:9], normal, view, mixed[:, 9:10],
+    material = shade.dressed(mixed[:, 6:9], picture, stage.material[triangle], [v.top for _, v in pairs])
+    surface = shade.Surface(picture, material, mixed[:, :3], mixed[:, 6:9], normal, view, mixed[:, 9:10],
                             mixed[:, 10:14], mixed[:, 14], _shadows(stage, palette, mixed[:, :3], normal, picture))
     colour, gloss, glow = shade.albedo(surface, palette, stage.eyes, stage.gaze, stage.up, stage.turn)
     light = shade.illuminate(surface, palette, colour, gloss, glow)
-    images = torch.stack([backdrop(v.background, size, who.seed * 9176 + v.seed, stage.device) for who, v in pairs])
+    seeds = [who.seed * 9176 + v.seed for who, v in pairs]
+    images = torch.stack([backdrop(v.background, size, seed, stage.device) for (_, v), seed in zip(pairs, seeds)])
     images = images.repeat_interleave(SUPERSAMPLE, 1).repeat_interleave(SUPERSAMPLE, 2).flatten(0, 2)
     images[pixel] = light
     exposure = torch.tensor([v.exposure for _, v in pairs], device=stage.device)
     images = images.view(len(pairs), size, SUPERSAMPLE, size, SUPERSAMPLE, 3).mean((2, 4)) * exposure[:, None, None, None]
-    images = (display(images) * 255).round().byte().permute(0, 3, 1, 2).contiguous()
+    subject = (index >= 0).float().view(len(pairs), 1, size, SUPERSAMPLE, size, SUPERSAMPLE).mean((3, 5))
+    images = style.finish(display(images).permute(0, 3, 1, 2), subject, [v.style for _, v in pairs], seeds)
+    images = (images * 255).round().byte().contiguous()
     return images, *_annotate(stage, camera)
 
 
@@ -239,7 +251,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--people", required=True, metavar="FIRST:END", help="seeds; from 1000000 on they are held out")
     parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--first-scene", type=int, default=0)
-    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)

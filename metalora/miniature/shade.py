@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metalora.miniature.backdrop import AMBIENT
+from metalora.miniature import clothes
 from metalora.miniature.colour import linear
 from metalora.miniature.head import MASKS
 from metalora.miniature.people import CLOTH_RGB, EYE_RGB, HAIR_RGB, LIGHTS, SKIN_TONES, Person, Scene
 
-SKIN, EYE, TEETH, HAIR, HAT, GLASSES, LASH = range(7)
+SKIN, EYE, TEETH, HAIR, HAT, GLASSES, LASH, CLOTH = range(8)
 EYE_RADIUS = 0.015
 LIP_COLOURS = ((170, 66, 70), (158, 60, 78), (184, 96, 86), (140, 48, 56))
 
@@ -51,14 +51,6 @@ def blend(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     return a + (b - a) * share
 
 
-def neckline(top: str, place: Tensor) -> Tensor:
-    """Height of a garment's upper edge at a template place (n, 3) -> (n,)."""
-    across, front = place[:, 0].abs(), ((-0.01 - place[:, 1]) / 0.03).clamp(0, 1)
-    return {"t-shirt": 0.553 + 0.25 * across, "striped": 0.556 + 0.25 * across,
-            "v-neck": front * (0.490 + 1.05 * across) + (1 - front) * (0.553 + 0.2 * across),
-            "turtleneck": 0.592 + 0.02 * front, "suit": 0.566 + 0.18 * across}[top]
-
-
 class Palette:
     """Per-picture colours and numbers of a batch as tensors, to be looked up per pixel."""
 
@@ -76,9 +68,10 @@ class Palette:
         self.second = self._colours(CLOTH_RGB[s.second_colour] for _, s in pairs)
         self.hat = self._colours(CLOTH_RGB[s.hat_colour] for _, s in pairs)
         self.frame = self._colours(((24, 22, 22), (92, 54, 30), (130, 24, 28))[(who.seed + s.seed) % 3] for who, s in pairs)
-        self.light_direction = torch.nn.functional.normalize(self.numbers(lambda w, s: LIGHTS[s.light][0]), dim=1)
-        self.light_colour = self.numbers(lambda w, s: [c * LIGHTS[s.light][2] for c in LIGHTS[s.light][1]])
-        self.ambient = self.numbers(lambda w, s: [c * LIGHTS[s.light][3] for c in AMBIENT[s.background]])
+        read = lambda name: self.numbers(lambda w, s: getattr(LIGHTS[s.light], name))
+        self.light_direction = torch.nn.functional.normalize(read("direction"), dim=1)
+        self.light_colour, self.sky, self.ground, self.rim = read("key"), read("sky"), read("ground"), read("rim")
+        self.rim_direction = torch.nn.functional.normalize(self.numbers(lambda w, s: (LIGHTS[s.light].rim_side, 0.75, 0.35)), dim=1)
 
     def _colours(self, colours) -> Tensor:
         return torch.stack([linear(c, self.device) for c in colours])
@@ -119,8 +112,7 @@ def skin(s: Surface, p: Palette) -> tuple[Tensor, Tensor]:
     ears = s.masks[:, MASKS.index("ears")]
     colour = _beard(colour, s, p, across, y, z, mouth, ears)
     colour = _scalp(colour, s, p, x, y, z, ears)
-    gloss = 0.05 + 0.10 * mouth
-    return _garment(colour, gloss, s, p)
+    return colour, 0.05 + 0.10 * mouth
 
 
 def _wrinkles(across, z, front):
@@ -169,32 +161,70 @@ def _scalp(colour, s, p, x, y, z, ears):
     return blend(colour, p.hair[s.picture] * 0.75, share)
 
 
-def _garment(colour, gloss, s, p):
-    """Clothes are where the template lies below the neckline; their thickness is in the geometry."""
+def dressed(place: Tensor, picture: Tensor, material: Tensor, tops: list[str]) -> Tensor:
+    """Materials (m,) where skin below the neckline of each picture's garment has become cloth."""
+    material = material.clone()
+    wearing = torch.tensor([list(clothes.THICKNESS).index(top) for top in tops], device=place.device)[picture]
+    for number, top in enumerate(clothes.THICKNESS):
+        low = ((wearing == number) & (material == SKIN) & (place[:, 2] < 0.61)).nonzero()[:, 0]
+        material[low[place[low, 2] < clothes.neckline(top, place[low])]] = CLOTH
+    return material
+
+
+def cloth(s: Surface, p: Palette) -> tuple[Tensor, Tensor]:
+    """Albedo (m, 3) and normal (m, 3) of clothes: colour, weave, seams, ribs, and folds as a tilt of the normal."""
     x, y, z = s.place.unbind(1)
+    kind, t = s.along.floor(), s.along.frac()
+    colour, normal = p.top[s.picture].clone(), s.normal + _folds(s, p)
     for top in {scene.top for _, scene in p.pairs}:
-        wears = p.numbers(lambda _, scene: scene.top == top)[s.picture]
-        edge = neckline(top, s.place)
-        share = wears * step(-0.0005, 0.0015, edge - z)
-        cloth = p.top[s.picture]
-        if top == "striped":
-            cloth = torch.where((torch.sin(z * 330) > 0)[:, None], cloth, p.second[s.picture])
+        on = p.numbers(lambda _, scene: scene.top == top)[s.picture] > 0
+        body = (on & (kind == clothes.BODY)).nonzero()[:, 0]
+        colour[body] = _front(top, colour[body], p.second[s.picture[body]], x[body], y[body], z[body], clothes.neckline(top, s.place[body]))
         if top == "suit":
-            cloth = _suit(cloth, p.second[s.picture], x, y, z)
-        rib = (0.9 + 0.1 * torch.sin(x * 900)) if top in ("turtleneck", "v-neck") else 1.0 + 0 * x
-        hem = 1 - 0.25 * step(0.008, 0.004, edge - z)
-        colour = blend(colour, cloth * (rib * hem)[:, None], share)
-        gloss = gloss * (1 - share)
-    return colour, gloss
+            colour = torch.where((on & (kind == clothes.COLLAR))[:, None], torch.full_like(colour, 0.80), colour)
+    silk = p.second[s.picture] * (0.85 + 0.3 * (torch.sin((x + z) * 700) > 0.3))[:, None]
+    colour = torch.where((kind == clothes.TIE)[:, None], silk, colour)
+    edge = step(0.80, 0.90, (2 * t - 1).abs())
+    collar, lapel = (kind == clothes.COLLAR).float(), (kind == clothes.LAPEL).float()
+    colour = colour * (1 - edge * (0.30 * collar + 0.45 * lapel) - 0.16 * lapel)[:, None]
+    angle = torch.atan2(x, clothes.NECK_AXIS - y)
+    rib = torch.where(kind == clothes.ROLL, torch.sin(angle * 44), torch.sin(x * 700))
+    knit = p.numbers(lambda _, scene: {"turtleneck": 1.0, "v-neck": 0.5}.get(scene.top, 0.0))[s.picture] * torch.where(kind == clothes.ROLL, 1.0, 0.45)
+    weave = 0.96 + 0.08 * hashed((s.place * 1400).floor() @ torch.tensor([12.9, 78.2, 37.7], device=x.device))
+    return colour * (weave * (1 + 0.13 * knit * rib))[:, None], torch.nn.functional.normalize(normal, dim=1)
 
 
-def _suit(cloth, tie, x, y, z):
-    depth, front = (0.566 - z) * 0.62, y < 0
-    shirt = (x.abs() < 0.050 - depth * 0.30) & front
-    knot = (x.abs() < 0.009 + 0.05 * (0.548 - z).clamp(0, 0.1)) & front & (z < 0.560)
-    lapel = ((x.abs() - (0.056 - depth * 0.30)).abs() < 0.004) & front
-    cloth = torch.where(shirt[:, None], torch.full_like(cloth, 0.8), cloth * 0.6)
-    return torch.where(knot[:, None], tie * 0.8, torch.where(lapel[:, None], cloth * 0.5, cloth))
+def _folds(s: Surface, p: Palette) -> Tensor:
+    """Slopes (m, 3) of folds that run from the shoulders to the middle; each picture's its own. Stiff cloth and small pieces have less."""
+    phase = p.numbers(lambda who, scene: (who.seed * 1.7 + scene.seed * 2.3) % 6.28)[s.picture]
+    limp = p.numbers(lambda _, scene: {"suit": 0.5, "turtleneck": 0.8, "v-neck": 0.9}.get(scene.top, 1.1))[s.picture]
+    x, _, z = s.place.unbind(1)
+    across = x.abs()
+    warp = 1.6 * torch.sin(x * 31 + phase) + 1.2 * torch.sin(z * 43 + 2 * phase)
+    first, second = torch.cos(across * 62 + z * 95 + warp + phase), torch.cos(across * 120 - z * 70 - warp)
+    slope = torch.stack([x.sign() * (0.55 * first + 0.6 * second), 0 * x, 0.8 * first - 0.35 * second], 1)
+    return slope * (0.22 * limp * step(0.575, 0.52, z) * torch.where(s.along >= 1, 0.25, 1.0))[:, None]
+
+
+def _front(top, cloth, second, x, y, z, edge):
+    """What is sewn, knitted or printed on the body of a garment: colours (m, 3)."""
+    below, front = edge - z, y < 0
+    if top == "striped":
+        cloth = torch.where((torch.sin(z * 330) > 0)[:, None], cloth, second)
+    if top in ("t-shirt", "striped", "v-neck"):
+        wide = 0.016 if top == "v-neck" else 0.010
+        band = step(wide, wide - 0.001, below)
+        seam = torch.exp(-((below - wide) / 0.0014) ** 2)
+        return cloth * (1 - 0.14 * band - 0.40 * seam)[:, None]
+    if top == "shirt":
+        placket = ((x - 0.013).abs() < 0.0012) & front
+        button = ((x**2 + ((z - 0.459) % 0.032 - 0.016) ** 2).sqrt() < 0.0042) & front & (z < 0.470)
+        cloth = torch.where(placket[:, None], cloth * 0.6, cloth)
+        return torch.where(button[:, None], 0.75 - 0.6 * cloth.mean(1, keepdim=True).round(), cloth)
+    if top == "suit":
+        shirt = (x.abs() < clothes.opening(z) + 0.003) & front
+        return torch.where(shirt[:, None], torch.full_like(cloth, 0.80), cloth * (0.93 + 0.07 * torch.sin(x * 1500))[:, None])
+    return cloth
 
 
 def eyes(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,7 +260,7 @@ def albedo(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor, tu
     """Albedo (m, 3), gloss (m,) and own light (m, 3) of every point; eye normals are set on the surface."""
     colour = torch.zeros_like(s.position)
     gloss, glow = torch.zeros(len(colour), device=colour.device), torch.zeros_like(colour)
-    for material in range(7):
+    for material in range(8):
         chosen = (s.material == material).nonzero()[:, 0]
         if not len(chosen):
             continue
@@ -244,6 +274,9 @@ def albedo(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor, tu
         elif material == HAIR:
             colour[chosen], s.normal[chosen], s.masks[chosen] = hair(part, p, turn)
             gloss[chosen] = 0.16
+        elif material == CLOTH:
+            colour[chosen], s.normal[chosen] = cloth(part, p)
+            gloss[chosen] = 0.015
         elif material == HAT:
             knit = 0.85 + 0.2 * torch.sin(part.along * 60)
             colour[chosen] = p.hat[part.picture] * knit[:, None]
@@ -262,13 +295,18 @@ def illuminate(s: Surface, p: Palette, colour: Tensor, gloss: Tensor, glow: Tens
     wrap = soft * torch.tensor([0.32, 0.18, 0.12], device=colour.device)
     diffuse = ((facing + wrap) / (1 + wrap)).clamp(min=0)
     lit = s.lit + (1 - s.lit) * soft * torch.tensor([0.10, 0.04, 0.03], device=colour.device)
-    fill = ((s.normal @ torch.tensor([0.0, -0.97, 0.24], device=colour.device)) * 0.5 + 0.5)[:, None] ** 1.5
-    around = p.ambient[s.picture] * s.occlusion * (0.40 + 0.75 * fill)
+    # From all around: the sky above and the ground below, more of it from the camera's side, so that no face drowns in shade.
+    upward = (s.normal[:, 2:] * 0.5 + 0.5)
+    fill = (0.5 - 0.5 * s.normal[:, 1:2]) ** 1.5
+    around = (p.ground[s.picture] + (p.sky - p.ground)[s.picture] * upward) * s.occlusion * (0.42 + 0.75 * fill)
     half = torch.nn.functional.normalize(towards + s.view, dim=1)
     highlight = (s.normal * half).sum(1).clamp(min=0) ** 18 * gloss * (facing[:, 0] > 0)
     # Hair shines in a band across its strands (Kajiya and Kay 1989, section 4), in its own colour.
     band = (1 - (s.masks[:, :3] * half).sum(1).square()).clamp(min=0).sqrt() ** 60 * (s.normal * towards).sum(1).clamp(min=0)
     highlight = torch.where(s.material == HAIR, band * gloss * (0.3 + s.masks[:, 3]), highlight)
-    rim = (1 - (s.normal * s.view).sum(1).clamp(0, 1)) ** 4 * 0.08
+    sheen = (1 - (s.normal * s.view).sum(1).clamp(0, 1)) ** 4 * 0.08
     light = colour * (p.light_colour[s.picture] * diffuse * lit * (0.55 + 0.45 * s.occlusion) + around)
-    return light + glow + (highlight[:, None] * 1.6 * s.lit + rim[:, None] * soft) * p.light_colour[s.picture] * 0.5
+    light = light + glow + (highlight[:, None] * 1.6 * s.lit + sheen[:, None] * soft) * p.light_colour[s.picture] * 0.5
+    behind = (s.normal * p.rim_direction[s.picture]).sum(1, keepdim=True).clamp(min=0)
+    grazing = (1 - (s.normal * s.view).sum(1, keepdim=True).clamp(0, 1)) ** 3
+    return light + p.rim[s.picture] * behind * grazing * s.occlusion * (0.12 + 0.9 * colour)
