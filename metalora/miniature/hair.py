@@ -12,7 +12,6 @@ import torch
 
 from metalora.miniature.props import CENTRE, Prop, angles, ball, skull, unit
 
-SEGMENTS = 7
 VARIANTS = 4
 LOCKS = 150  # guides that the strands gather to
 
@@ -33,19 +32,20 @@ class Style:
     width: float = 0.0042  # of a strand at its widest
     clump: float = 0.5  # how far strands gather to locks
     roots: int = 1000
+    segments: int = 6  # of a strand
 
 
 STYLES = {
     "short": Style(0.040, 0.015, 0.006, "crown"),
-    "side-parted": Style(0.085, 0.024, 0.007, "side", clump=0.6),
-    "swept-back": Style(0.095, 0.022, 0.008, "back", clump=0.6),
-    "curly": Style(0.060, 0.030, 0.020, "tangled", 0.15, 0.0065, 2.4, clump=0.25, width=0.0048),
+    "side-parted": Style(0.085, 0.024, 0.007, "side", clump=0.6, segments=8),
+    "swept-back": Style(0.095, 0.022, 0.008, "back", clump=0.6, segments=8),
+    "curly": Style(0.060, 0.030, 0.020, "tangled", 0.15, 0.0065, 2.4, clump=0.25, width=0.0048, segments=8),
     "afro": Style(0.050, 0.058, 0.050, "tangled", 0.0, 0.0050, 3.0, clump=0.1, width=0.0052, roots=1300),
-    "chin-length": Style(0.19, 0.020, 0.018, "centre", 0.9, clump=0.45),
-    "fringed": Style(0.19, 0.020, 0.018, "centre", 0.9, fringe=0.072, clump=0.35),
-    "long": Style(0.31, 0.017, 0.015, "centre", 0.9, clump=0.5),
-    "wavy": Style(0.30, 0.022, 0.024, "centre", 0.75, 0.0075, 1.9, clump=0.75),
-    "tied-up": Style(0.13, 0.010, 0.007, "back", bun=True, clump=0.6),
+    "chin-length": Style(0.19, 0.020, 0.018, "centre", 0.9, clump=0.45, segments=11),
+    "fringed": Style(0.19, 0.020, 0.018, "centre", 0.9, fringe=0.072, clump=0.35, segments=11),
+    "long": Style(0.31, 0.017, 0.015, "centre", 0.9, clump=0.5, segments=16),
+    "wavy": Style(0.30, 0.022, 0.024, "centre", 0.75, 0.0075, 1.9, clump=0.75, segments=16),
+    "tied-up": Style(0.13, 0.010, 0.007, "back", bun=True, clump=0.6, segments=8),
 }
 
 
@@ -84,7 +84,7 @@ def hair(name: str, variant: int) -> Prop:
     part = 0.0 if style.flow == "centre" and variant % 2 else rng.uniform(-0.45, 0.45)
     guide = _guides(rng, d, part)
     curves = _grow(style, rng, d, part, guide)
-    along = np.linspace(0, 1, SEGMENTS + 1)[None, :, None]
+    along = np.linspace(0, 1, style.segments + 1)[None, :, None]
     gathered = curves[guide] + 0.3 * (curves[:, :1] - curves[guide][:, :1])
     curves = curves + style.clump * along**1.3 * (gathered - curves)
     if style.curl:
@@ -104,7 +104,7 @@ def _guides(rng: np.random.Generator, d: np.ndarray, part: float) -> np.ndarray:
 
 
 def _grow(style: Style, rng: np.random.Generator, d: np.ndarray, part: float, guide: np.ndarray) -> np.ndarray:
-    """Curves (n, SEGMENTS + 1, 3) from roots at directions d."""
+    """Curves (n, style.segments + 1, 3) from roots at directions d."""
     n, tangled = len(d), style.flow == "tangled"
     azimuth, _ = angles(d)
     layer = rng.uniform(0.3, 1.0, (n, 1))
@@ -120,14 +120,14 @@ def _grow(style: Style, rng: np.random.Generator, d: np.ndarray, part: float, gu
     direction = unit((d * 1.2 if tangled else 0) + flow + stray)
     position = CENTRE + d * (skull().radius(d)[:, None] + 0.001)
     points = [position]
-    for k in range(1, SEGMENTS + 1):
-        share, towards = k / SEGMENTS, unit(position - CENTRE)
+    for k in range(1, style.segments + 1):
+        share, towards = k / style.segments, unit(position - CENTRE)
         aside = np.clip((np.abs(angles(towards)[0]) - 0.75) / 0.4, 0, 1)[:, None]
         pull = style.fall * share**0.5 * np.where(fringe[:, None], 1.0, aside)
         if not tangled:  # hair lies on the head until it falls
             direction = unit(direction - np.clip((direction * towards).sum(1, keepdims=True), 0, None) * towards)
-        direction = unit(direction * (1 - pull) + pull * np.array([0, 0, -1.0]) + rng.normal(0, 0.035, (n, 3)))
-        position = position + direction * (length / SEGMENTS)[:, None]
+        direction = unit(direction * (1 - pull) + pull * np.array([0, 0, -1.0]) + rng.normal(0, 0.1 / style.segments**0.5, (n, 3)))
+        position = position + direction * (length / style.segments)[:, None]
         towards, distance = unit(position - CENTRE), np.linalg.norm(position - CENTRE, axis=1, keepdims=True)
         surface = skull().radius(towards)[:, None]
         floor = surface + thickness * (0.2 if tangled else min(1.0, 0.3 + share * 1.6))

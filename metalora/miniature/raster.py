@@ -1,13 +1,15 @@
 """A depth-buffer rasteriser in plain torch: many pictures at once, the same result on a CPU and on a GPU.
 
-Triangles of all pictures lie in one list. They are grouped by the size of their bounding box, each group tests all pixels
-of its boxes in one tensor operation, and the nearest triangle of a pixel wins a scatter-minimum over packed keys.
+Triangles of all pictures lie in one list. Each is cut into the rows of pixels that it touches, each row into its pixels, and the
+nearest triangle of a pixel wins a scatter-minimum over packed keys. So the work grows with the pixels that are covered, not with
+the boxes around the triangles, which for strands of hair are sixty times as large.
 """
 
 import torch
 from torch import Tensor
 
-_BOX_SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512)
+_AT_ONCE = 300_000  # triangles
+_SLACK = 1e-4  # px by which rows are longer, so that rounding leaves no hole between neighbours
 _EMPTY = torch.iinfo(torch.int64).max
 _DEPTH_STEPS = 1_000_000  # per metre: a micrometre
 
@@ -32,37 +34,52 @@ def rasterize(points: Tensor, picture: Tensor, pictures: int, size: int, two_sid
     planes, area = _edges(points)
     low = (points[..., :2].amin(1) - 0.5).ceil().clamp(min=0).long()
     high = (points[..., :2].amax(1) - 0.5).floor().clamp(max=size - 1).long()
-    extent = (high - low + 1).amax(1)
     seen = ((high >= low).all(1)) & (points[..., 2] > 0).all(1) & (two_sided | (area < 0)) & (area.abs() > 1e-9)
     keys = torch.full((pictures * size * size,), _EMPTY, dtype=torch.int64, device=points.device)
-    smaller = 0
-    for side in _BOX_SIDES:
-        chosen = (seen & (extent > smaller) & (extent <= side)).nonzero()[:, 0]
-        smaller = side
-        for part in chosen.split(max(1, 150_000 // side**2)):
-            _scatter_boxes(keys, part, points, planes, low, high, picture, side, size)
+    for part in seen.nonzero()[:, 0].split(_AT_ONCE):
+        triangle, x, y = _pixels(planes[part], low[part], high[part])
+        w0, w1 = (planes[part][triangle, k] for k in (0, 1))
+        across, down = x + 0.5, y + 0.5
+        w0, w1 = (w[:, 0] * across + w[:, 1] * down + w[:, 2] for w in (w0, w1))
+        triangle = part[triangle]
+        z = points[triangle][..., 2]
+        depth = z[:, 2] + w0 * (z[:, 0] - z[:, 2]) + w1 * (z[:, 1] - z[:, 2])
+        pixel = (picture[triangle] * size + y) * size + x
+        keys.scatter_reduce_(0, pixel, ((depth * _DEPTH_STEPS).long() << 32) | triangle, "amin")
     empty = keys == _EMPTY
     index = torch.where(empty, -1, keys & 0xFFFFFFFF).view(pictures, size, size)
     depth = torch.where(empty, torch.inf, (keys >> 32).float() / _DEPTH_STEPS).view(pictures, size, size)
     return index, depth
 
 
-def _scatter_boxes(keys, part, points, planes, low, high, picture, side, size) -> None:
-    offset = torch.arange(side, device=keys.device)
-    x = low[part, 0, None] + offset + 0.5  # (n, side)
-    y = low[part, 1, None] + offset + 0.5  # (n, side)
-    plane = planes[part][..., None]
-    first, second = ((plane[:, k, 0] * x)[:, None] + (plane[:, k, 1] * y + plane[:, k, 2])[..., None] for k in (0, 1))
-    # Columns and rows beyond the picture's edge must lose too: their weights are made negative.
-    first = torch.where((x > high[part, 0, None] + 1)[:, None] | (y > high[part, 1, None] + 1)[..., None], -1.0, first)
-    inside = torch.minimum(torch.minimum(first, second), 1 - first - second) >= 0  # (n, side, side)
-    row, dy, dx = inside.nonzero(as_tuple=True)
-    triangle = part[row]
-    z = points[triangle][..., 2]
-    w0, w1 = first[row, dy, dx], second[row, dy, dx]
-    depth = z[:, 2] + w0 * (z[:, 0] - z[:, 2]) + w1 * (z[:, 1] - z[:, 2])
-    pixel = (picture[triangle] * size + low[triangle, 1] + dy) * size + low[triangle, 0] + dx
-    keys.scatter_reduce_(0, pixel, ((depth * _DEPTH_STEPS).long() << 32) | triangle, "amin")
+def _pixels(planes: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixels whose centres lie in the triangles, as three equal lists: which triangle, x, y.
+
+    planes: (n, 2, 3) as `_edges` gives them; low, high: (n, 2) the first and last pixel of each in x and y.
+    """
+    triangle, row = _enumerate(high[:, 1] - low[:, 1] + 1)
+    y = low[triangle, 1] + row
+    third = torch.tensor([0.0, 0.0, 1.0], device=planes.device) - planes.sum(1)
+    slope, at_zero = [], []
+    for plane in (planes[:, 0], planes[:, 1], third):
+        slope.append(plane[triangle, 0])
+        at_zero.append(plane[triangle, 1] * (y + 0.5) + plane[triangle, 2])
+    slope, at_zero = torch.stack(slope), torch.stack(at_zero)  # (3, rows): a weight along the row is slope x + at_zero
+    root = -at_zero / slope
+    begin = torch.where(slope > 0, root, -torch.inf).amax(0) - _SLACK
+    end = torch.where(slope < 0, root, torch.inf).amin(0) + _SLACK
+    outside = ((slope == 0) & (at_zero < 0)).any(0)
+    first = torch.maximum((begin - 0.5).ceil(), low[triangle, 0].float())
+    last = torch.minimum((end - 0.5).floor(), high[triangle, 0].float())
+    count = torch.where(outside, 0.0, (last - first + 1).clamp(min=0)).long()
+    of_row, column = _enumerate(count)
+    return triangle[of_row], first[of_row].long() + column, y[of_row]
+
+
+def _enumerate(count: Tensor) -> tuple[Tensor, Tensor]:
+    """For groups of so many members (n,): of each member the group and its number in it."""
+    group = torch.repeat_interleave(count)
+    return group, torch.arange(len(group), device=count.device) - (count.cumsum(0) - count)[group]
 
 
 def barycentric(points: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

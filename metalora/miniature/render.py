@@ -15,7 +15,7 @@ from metalora.miniature.backdrop import backdrop
 from metalora.miniature.colour import display
 from metalora.miniature.head import ACTIONS, PARTS, HeadModel, load_head, vertex_normals
 from metalora.miniature.people import Person, Scene, person, scene
-from metalora.miniature.props import Prop
+from metalora.miniature.props import CENTRE, Prop
 from metalora.miniature.raster import barycentric, rasterize
 
 EXPRESSIONS = {
@@ -132,6 +132,14 @@ class Stage:
         gaze = torch.tensor([[-math.sin(v.gaze[0]), -math.cos(v.gaze[0]) * math.cos(v.gaze[1]), math.sin(v.gaze[1])] for _, v in self.pairs], device=self.device)
         self.gaze = torch.nn.functional.normalize((whole @ gaze[..., None])[..., 0], dim=1)
         self.turn, self.up = whole, whole[:, :, 2]
+        self._drop_hidden_hair()
+
+    def _drop_hidden_hair(self) -> None:
+        """Leaves out the strands at the back of the head, which nobody sees from the front; they are half of all triangles."""
+        corner = self.triangles[:, 0]
+        outward = torch.einsum("nj,nj->n", self.turn[self.owner[corner], 1], self.place[corner] - torch.tensor(CENTRE, device=self.device, dtype=torch.float32))
+        kept = (self.material != shade.HAIR) | (outward < 0.025) | (self.place[corner, 2] < 0.69)
+        self.triangles, self.material, self.picture = self.triangles[kept], self.material[kept], self.picture[kept]
 
 
 class Camera:
