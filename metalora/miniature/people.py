@@ -11,7 +11,7 @@ HELD_OUT = 1_000_000  # people from this seed on are never trained on
 
 # sRGB skin tones from fair to dark, and where the caption's words begin along them.
 SKIN_TONES = ((240, 204, 180), (232, 188, 156), (218, 168, 132), (204, 152, 112), (176, 122, 84), (140, 94, 62),
-              (106, 70, 48), (78, 52, 38))
+              (118, 80, 58), (98, 66, 50))
 HAIR_RGB = {"black": (26, 22, 22), "brown": (84, 54, 36), "blond": (202, 166, 106), "red": (150, 72, 38),
             "grey": (146, 144, 142), "white": (222, 220, 216)}
 EYE_RGB = {"brown": (72, 44, 26), "hazel": (112, 80, 42), "green": (86, 106, 62), "blue": (88, 124, 160),
@@ -22,7 +22,7 @@ CLOTH_RGB = {"red": (196, 30, 36), "blue": (36, 70, 168), "green": (34, 118, 64)
 MALE_HAIR = ("bald", "buzz-cut", "short", "short", "side-parted", "swept-back", "curly", "afro", "long")
 FEMALE_HAIR = ("short", "curly", "afro", "chin-length", "fringed", "long", "long", "wavy", "tied-up")
 SEXES = (-0.05, 1.2)  # of a man, a woman, along the head model's axis: a little beyond its own ends, which lie near each other
-SPREAD = 0.8  # of people's shapes, in the head model's deviations
+SPREAD = 1.0  # of people's shapes, in the head model's deviations
 TOPS = ("t-shirt", "turtleneck", "v-neck", "striped", "suit", "shirt")
 STYLES = {"photo": 0.7, "pencil": 0.1, "oil": 0.1, "bw": 0.1}  # how a picture is made, and how often
 EXPRESSION_WEIGHTS = {"neutral": 0.3, "smile": 0.26, "laugh": 0.14, "surprised": 0.1, "angry": 0.1, "sad": 0.1}
@@ -107,7 +107,7 @@ def person(seed: int) -> Person:
     return Person(
         seed=seed, sex="woman" if woman else "man", age=age,
         attributes=(SEXES[woman], age, min(0.85, max(0.2, rng.gauss(0.48, 0.14))), african, asian, caucasian),
-        shape=tuple(SPREAD * max(-2.2, min(2.2, rng.gauss(0, 1))) for _ in range(64)), tone=tone,
+        shape=tuple(SPREAD * max(-2.4, min(2.4, rng.gauss(0, 1))) for _ in range(64)), tone=tone,
         eye=rng.choice(("brown", "brown", "hazel") if dark else ("brown", "hazel", "green", "blue", "blue", "grey")),
         hair=rng.choice(styles), hair_colour=_hair_colour(rng, age, dark),
         beard=None if woman else rng.choice((None, None, None, "stubble", "moustache", "short", "full")),
@@ -131,7 +131,7 @@ def scene(who: Person, seed: int, usual_looks: float = 0.65) -> Scene:
     hair_colour = who.hair_colour if usual else rng.choice(captions.HAIR_COLOURS)
     glasses = who.glasses if usual else (rng.choice(("round", "square", "oval")) if rng.random() < 0.2 else None)
     expression = rng.choices(list(EXPRESSION_WEIGHTS), list(EXPRESSION_WEIGHTS.values()))[0]
-    yaw = max(-38.0, min(38.0, rng.gauss(0, 15)))
+    yaw = max(-34.0, min(34.0, rng.gauss(0, 13)))
     hat = rng.choice(list(captions.HATS)) if rng.random() < 0.25 else None
     top, top_colour, second = rng.choice(TOPS), *rng.sample(captions.CLOTH_COLOURS, 2)
     place = rng.choice(PLACES)
@@ -183,7 +183,7 @@ LIGHTS = {
     "window": Light((-0.85, -0.7, 0.30), (1.25, 1.28, 1.34), (0.42, 0.44, 0.48), (0.42, 0.39, 0.35), (0.55, 0.48, 0.38), 1),
     "leaves": Light((0.4, -0.7, 0.7), (1.22, 1.18, 0.96), (0.44, 0.50, 0.42), (0.34, 0.42, 0.26), (0.75, 0.80, 0.50), -1),
     "sun": Light((-0.5, -0.75, 0.65), (1.48, 1.40, 1.22), (0.44, 0.52, 0.62), (0.52, 0.46, 0.36), (0.60, 0.56, 0.46), 1),
-    "warm": Light((0.75, -0.7, 0.15), (1.42, 1.02, 0.66), (0.36, 0.34, 0.44), (0.44, 0.32, 0.24), (1.70, 0.86, 0.34), -1),
+    "warm": Light((0.6, -0.85, 0.25), (1.36, 1.08, 0.82), (0.44, 0.42, 0.50), (0.46, 0.38, 0.32), (1.70, 0.86, 0.34), -1),
     "lamp": Light((-0.6, -0.8, 0.4), (1.15, 0.98, 0.78), (0.36, 0.34, 0.32), (0.38, 0.32, 0.26), (0.50, 0.38, 0.22), 1),
     "cool": Light((-0.45, -0.85, 0.35), (0.86, 0.94, 1.06), (0.32, 0.36, 0.46), (0.30, 0.28, 0.36), (0.26, 0.52, 1.10), 1),
     "neon": Light((0.5, -0.85, 0.25), (0.98, 0.86, 0.84), (0.32, 0.32, 0.46), (0.34, 0.26, 0.36), (1.00, 0.20, 0.62), -1),

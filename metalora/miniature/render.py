@@ -27,7 +27,7 @@ EXPRESSIONS = {
     "angry": dict(browDownLeft=1.2, browDownRight=1.2, eyeSquintLeft=0.3, eyeSquintRight=0.3, noseSneerLeft=0.4,
                   noseSneerRight=0.4, mouthPressLeft=0.5, mouthPressRight=0.5, mouthFrownLeft=0.3, mouthFrownRight=0.3),
     "sad": dict(eyeWideLeft=0.2, eyeWideRight=0.2, browInnerUp=0.9, mouthFrownLeft=0.8, mouthFrownRight=0.8, eyeSquintLeft=0.15, eyeSquintRight=0.15)}
-PIVOT, CAMERA_DISTANCE, TARGET, HALF_FRAME = (0.0, -0.02, 0.615), 1.25, (0.0, -0.05, 0.652), 0.206
+PIVOT, CAMERA_DISTANCE, TARGET, HALF_FRAME = (0.0, -0.02, 0.615), 1.25, (0.0, -0.05, 0.663), 0.168
 SUPERSAMPLE, SHADOW_SIZE, SHADOW_REACH = 2, 128, 0.22
 # Template places of the five landmarks that recognisers align by: eyes and mouth corners as seen from the front.
 NOSE_TIP, MOUTH_CORNERS = (0.0, -0.165, 0.663), ((-0.025, -0.135, 0.632), (0.025, -0.135, 0.632))
