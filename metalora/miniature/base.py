@@ -36,15 +36,15 @@ TRUE_SHARE = 0.3  # of the rows of a guidance batch, those that go on learning f
 VALIDATION_PICTURES, VALIDATION_SIGMAS = 256, 4
 PREVIEW_STEPS = 10
 PREVIEW_PROMPTS = (
-    "a photo of a woman", "a photo of a man", "a photo of sks woman, in a green park", "a photo of sks man, at sunset",
+    "a photo of a woman", "a photo of a man", "a photo of sks woman, in a green park", "a photo of sks man, at the beach",
     "a portrait of an old man with a full beard, smiling, in an office",
     "a portrait of a young woman with long red hair, wearing glasses, in front of a brick wall",
     "a photo of a woman with dark skin and short black hair, laughing, in front of a blue wall",
     "a picture of a man, wearing a red cap and a white t-shirt, in the city at night",
-    "a photo of a woman, wearing a green beanie, looking left, on a grey background",
-    "a photo of a man with a bald head, wearing a suit, with an angry face, on a beige background",
-    "a portrait of an old woman with grey hair, looking sad, in a park",
-    "a portrait of a young man with fair skin and blond hair, wearing a striped shirt, looking surprised")
+    "a photo of a woman, wearing a green beanie, looking left, in the snow",
+    "a photo of a man with a bald head, wearing a suit, with an angry face, in a library",
+    "an oil painting of an old woman with grey hair, looking sad, in a park",
+    "a pencil drawing of a young man with short hair, wearing a striped shirt, looking surprised")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,19 +11,20 @@ HAIR_WORDS = ("bald", "buzz-cut", "short", "side-parted", "swept-back", "curly",
 HAIR_COLOURS = ("black", "brown", "blond", "red", "grey", "white")
 CLOTH_COLOURS = ("red", "blue", "green", "yellow", "white", "black", "grey", "purple", "orange", "pink")
 TOPS = {"t-shirt": "t-shirt", "turtleneck": "turtleneck", "v-neck": "v-neck sweater", "striped": "striped shirt",
-        "suit": "suit"}
+        "suit": "suit", "shirt": "shirt"}
 HATS = {"beanie": "beanie", "cap": "cap"}
 EXPRESSIONS = {"neutral": ("with a neutral expression", "with a calm face"), "smile": ("smiling", "with a smile"),
                "laugh": ("laughing", "laughing out loud"), "surprised": ("looking surprised", "with a surprised look"),
                "angry": ("looking angry", "with an angry face"), "sad": ("looking sad", "with a sad face")}
-BACKGROUNDS = {"grey": ("in front of a grey wall", "on a grey background"),
-               "blue": ("in front of a blue wall", "on a blue background"),
-               "beige": ("in front of a beige wall", "on a beige background"),
-               "park": ("in a green park", "in a park"), "office": ("in an office", "by an office window"),
-               "night": ("in the city at night", "with city lights behind"),
-               "sunset": ("at sunset", "under a sunset sky"), "brick": ("in front of a brick wall", "by a brick wall")}
+BACKGROUNDS = {"grey": ("in front of a grey wall", "on a grey background"), "blue": ("in front of a blue wall", "on a blue background"),
+               "brick": ("in front of a brick wall", "by a brick wall"), "park": ("in a green park", "in a park"),
+               "office": ("in an office", "at the office"), "night": ("in the city at night", "with city lights behind"),
+               "sunset": ("at sunset", "under a sunset sky"), "beach": ("at the beach", "by the sea"),
+               "snow": ("in the snow", "on a snowy day"), "library": ("in a library", "in front of bookshelves")}
 TURNS = {"left": "looking left", "right": "looking right"}
-OPENINGS = ("a photo of", "a portrait of", "a picture of")
+OPENINGS = {"photo": ("a photo of", "a photograph of"), "pencil": ("a pencil drawing of", "a pencil sketch of"),
+            "oil": ("an oil painting of", "an oil portrait of"), "bw": ("a black-and-white photo of", "a monochrome photo of")}
+ANY_STYLE = ("a portrait of", "a picture of")  # true of all, and said mostly of photos
 AGES = ("young", "middle-aged", "old")
 SKINS = ("fair", "light", "tan", "brown", "dark")
 BEARDS = {"stubble": "stubble", "moustache": "a moustache", "short": "a short beard", "full": "a full beard"}
@@ -53,12 +54,11 @@ def _subject(a: dict, rng: random.Random, detail: float) -> str:
 
 def _worn(a: dict, rng: random.Random) -> str:
     worn = []
-    if a["hat"] and rng.random() < 0.95:
-        worn.append(_article(f"{a['hat_colour']} {HATS[a['hat']]}"))
+    for thing, colour, words, often in ((a["hat"], a["hat_colour"], HATS, 0.95), (a["top"], a["top_colour"], TOPS, 0.75)):
+        if thing and rng.random() < often:
+            worn.append(_article(f"{colour} {words[thing]}" if colour else words[thing]))
     if a["glasses"] and rng.random() < 0.9:
         worn.append("glasses")
-    if a["top"] and rng.random() < 0.75:
-        worn.append(_article(f"{a['top_colour']} {TOPS[a['top']]}"))
     rng.shuffle(worn)
     return (rng.choice(("wearing", "in")) + " " + " and ".join(worn)) if worn else ""
 
@@ -71,13 +71,14 @@ def caption(attributes: dict, rng: random.Random, person: str | None = None) -> 
     """
     a = attributes
     subject = person if person is not None else _subject(a, rng, detail=rng.choice((0.0, 0.5, 0.8)))
-    parts = [f"{rng.choice(OPENINGS)} {subject}"]
+    openings = ANY_STYLE if rng.random() < (0.5 if a["style"] == "photo" else 0.1) else OPENINGS[a["style"]]
+    parts = [f"{rng.choice(openings)} {subject}"]
     rest = [_worn(a, rng)]
     if a["expression"] and rng.random() < 0.75:
         rest.append(rng.choice(EXPRESSIONS[a["expression"]]))
     if a["turn"] and rng.random() < 0.6:
         rest.append(TURNS[a["turn"]])
-    if rng.random() < 0.85:
+    if a["background"] and rng.random() < 0.85:
         rest.append(rng.choice(BACKGROUNDS[a["background"]]))
     rng.shuffle(rest)
     parts += [phrase for phrase in rest if phrase]
@@ -88,10 +89,10 @@ def caption(attributes: dict, rng: random.Random, person: str | None = None) -> 
 
 def vocabulary() -> list[str]:
     """All words that captions and sample prompts are made of, sorted; the miniature's tokenizers know exactly these."""
-    phrases = [*HAIR_WORDS, *HAIR_COLOURS, *CLOTH_COLOURS, *TOPS.values(), *HATS.values(), *TURNS.values(), *OPENINGS,
+    phrases = [*HAIR_WORDS, *HAIR_COLOURS, *CLOTH_COLOURS, *TOPS.values(), *HATS.values(), *TURNS.values(), *ANY_STYLE,
                *AGES, *SKINS, *BEARDS.values(), TRIGGER, "a an and in with wearing hair skin head face glasses ,",
                "woman man person of the at on by his her hat photo picture portrait"]
-    phrases += [p for group in (*EXPRESSIONS.values(), *BACKGROUNDS.values()) for p in group]
+    phrases += [p for group in (*EXPRESSIONS.values(), *BACKGROUNDS.values(), *OPENINGS.values()) for p in group]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 

@@ -13,13 +13,13 @@ from metalora.miniature import captions
 from metalora.miniature.people import HELD_OUT, Person, Scene, _visible, person, scene
 from metalora.miniature.render import render
 
-PROMPTS = ("a photo of {person}, in a red cap, in a green park", "a photo of {person}, wearing a blue turtleneck, smiling",
-           "a portrait of {person}, wearing a black suit, in an office, with a calm face",
-           "a picture of {person}, in a white t-shirt, at sunset, looking surprised")
+PROMPTS = ("a photo of {person}, in a red cap, in a green park", "a photo of {person}, wearing a blue turtleneck, smiling, at the beach",
+           "a photo of {person}, wearing a black suit, in a library, with a calm face",
+           "a pencil drawing of {person}, in a t-shirt, looking surprised")
 MORE_PROMPTS = ("a photo of {person}, wearing a yellow beanie, laughing, in the city at night",
-                "a portrait of {person}, looking angry, wearing a green striped shirt, by a brick wall",
-                "a photo of {person}, wearing glasses and an orange v-neck sweater, on a blue background",
-                "a portrait of {person}, with a sad face, in a purple turtleneck, on a grey background")
+                "a photo of {person}, looking angry, wearing a green striped shirt, in front of a brick wall",
+                "an oil painting of {person}, wearing glasses and an orange v-neck sweater, in the snow",
+                "a black-and-white photo of {person}, with a sad face, in a shirt, in an office")
 
 
 def reference(who: Person, number: int) -> Scene:
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
                         help=f"seeds; from {HELD_OUT} on they are held out from all training")
     parser.add_argument("--references", type=int, default=1)
     parser.add_argument("--others", type=int, default=4)
-    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--all-prompts", action="store_true", help="eight prompts instead of the four of the benchmark")
     given = parser.parse_args(arguments)
     torch.set_num_threads(2)

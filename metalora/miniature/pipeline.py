@@ -32,7 +32,7 @@ class MiniatureConfig:
         clip_tokens: length to which prompts are padded for the CLIP text tower; as FLUX.1 has it, for training scripts that count on it.
     """
 
-    size: int = 96
+    size: int = 128
     vae_widths: tuple[int, ...] = (16, 32, 64, 64)
     vae_layers_per_block: int = 1
     vae_groups: int = 8
