@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from metalora.data import load_dataset
 from metalora.miniature import captions, dataset, people
 from metalora.miniature.__main__ import main
+from metalora.miniature.attribute_check import named
 from metalora.miniature.backdrop import PLACES, backdrop
 from metalora.miniature.base import PREVIEW_PROMPTS
 from metalora.miniature.pipeline import MiniatureConfig, clip_tokenizer, t5_tokenizer
@@ -127,6 +128,30 @@ def test_captions_say_nothing_that_the_picture_does_not_show(seed: int, number: 
     assert said <= {seen["background"]}
     said = {key for key, phrases in captions.EXPRESSIONS.items() if any(f", {p}," in f", {text}," for p in phrases)}
     assert said <= {seen["expression"]}
+
+
+@given(seed=SEEDS, number=st.integers(0, 10**6), luck=st.integers(0, 2**30))
+@settings(max_examples=150, deadline=None)
+def test_what_a_caption_names_can_be_read_out_of_it_again(seed: int, number: int, luck: int):
+    who = people.person(seed)
+    record = people.scene(who, number).attributes
+    text = captions.caption(record, random.Random(luck))
+    asked = named(text)
+    assert asked.items() <= {**record, "glasses": record["glasses"] and "glasses"}.items()
+    parts = text.split(", ")[1:]
+    things = [thing for part in parts for thing in re.sub("^(wearing|in) ", "", part).split(" and ")]
+    assert ("glasses" in asked) == ("glasses" in things)
+    for name, phrases in (("background", captions.BACKGROUNDS), ("expression", captions.EXPRESSIONS)):
+        assert (name in asked) == any(part in several for part in parts for several in phrases.values())
+    for name, kinds in (("hat", captions.HATS), ("top", captions.TOPS)):
+        assert (name in asked) == any(thing.endswith(f" {kind}") for thing in things for kind in kinds.values())
+
+
+def test_prompts_of_the_benchmark_name_what_a_classifier_can_look_for():
+    asked = [named(prompt.replace("{person}", "a woman")) for prompt in dataset.PROMPTS + dataset.MORE_PROMPTS]
+    assert asked[0] == {"style": "photo", "sex": "woman", "hat": "cap", "hat_colour": "red", "background": "park"}
+    assert asked[3] == {"style": "pencil", "sex": "woman", "top": "t-shirt", "expression": "surprised"}
+    assert all(len(each) >= 4 for each in asked)
 
 
 def test_captions_of_one_picture_vary():

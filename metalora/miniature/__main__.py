@@ -20,11 +20,12 @@ from metalora.miniature.pipeline import MiniatureConfig
 from metalora.miniature.training import Job
 
 TRAININGS = {"vae": ("vae", "train_vae"), "vae-decoder": ("vae", "train_decoder"), "clip": ("clip", "train_clip"), "base": ("base", "train_base"),
-             "face-detector": ("detector", "train_detector"), "face-recogniser": ("recogniser", "train_recogniser")}
+             "attributes": ("attributes", "train_attributes"), "face-detector": ("detector", "train_detector"), "face-recogniser": ("recogniser", "train_recogniser")}
 ELSEWHERE = {"render": "draw the portrait world into shards",  # commands whose arguments their own modules read
              "dataset": "people as an image folder for evaluate and meta-train",
+             "attribute-check": "how much of what captions name is in the pictures that a base draws",
              "meta-down": "stage 1: learn the Meta-Down of a domain on the assembled base"}
-MINUTES = {"vae": 10, "vae-decoder": 10, "clip": 6, "base": 60, "face-detector": 5, "face-recogniser": 10}
+MINUTES = {"vae": 30, "vae-decoder": 30, "clip": 12, "base": 180, "attributes": 12, "face-detector": 8, "face-recogniser": 14}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -100,6 +100,23 @@ def _wearing(things: dict[str, str]) -> list[str]:
     return [f"wearing {_article(f'{colour} {thing}')}" for thing in things.values() for colour in CLOTH_COLOURS]
 
 
+def attribute_phrases() -> dict[str, dict[str, str]]:
+    """For what a picture may show, a phrase for each way that it may: group, value, phrase. `value_of` reads the value from a record."""
+    first = {name: {value: phrases[0] for value, phrases in each.items()} for name, each in
+             (("expression", EXPRESSIONS), ("background", BACKGROUNDS), ("style", OPENINGS))}
+    worn = {name: {f"{colour} {thing}": f"wearing {_article(f'{colour} {words}')}" for thing, words in things.items() for colour in CLOTH_COLOURS}
+            for name, things in (("top", TOPS), ("hat", HATS))}
+    hair = {f"{colour} {style}": f"{style} {colour} hair" for style in HAIR_WORDS if style not in ("bald", "buzz-cut") for colour in HAIR_COLOURS}
+    return first | worn | {"turn": TURNS, "hair": hair, "sex": {sex: f"a {sex}" for sex in ("woman", "man")},
+                           "age": {age: f"{_article(age)} person" for age in AGES}}
+
+
+def value_of(attributes: dict, group: str) -> str | None:
+    """The value of a group of `attribute_phrases` in a picture's record; None where it cannot be seen or has no phrase."""
+    value, colour = attributes[group], attributes.get(f"{group}_colour", "")
+    return value if colour == "" or value is None else colour and f"{colour} {value}"
+
+
 def caption_phrases() -> list[list[str]]:
     """Groups of phrases for what is not the person, by which a photo is described for adaptation.
 

@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer, CLIPVisionConfig
 
-from metalora.miniature.captions import vocabulary
+from metalora.miniature.captions import attribute_phrases, value_of, vocabulary
 from metalora.miniature.pipeline import MiniatureConfig, clip_text_config, clip_tokenizer
-from metalora.miniature.shards import Shards, draw_captioned, load_shards
+from metalora.miniature.shards import Batch, Shards, draw_captioned, load_shards
 from metalora.miniature.training import Job, Trainer, read_result, write_result
 from metalora.miniature.vae import to_floats
 
 VISION_WIDTH, VISION_LAYERS, VISION_HEADS, PATCH = 128, 4, 4, 16
 MAX_LOGIT_SCALE = 4.6  # ln 100, as in CLIP
 GALLERY = 100
+UNSEEN = -1  # what a picture does not show
 
 
 def build_clip(config: MiniatureConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -62,13 +63,49 @@ def contrast(clip: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[
     return F.normalize(pictures.float(), dim=-1), F.normalize(captions.float(), dim=-1)
 
 
+class Phrases:
+    """Which phrase of each group of `captions.attribute_phrases` is true of a picture, for a loss that asks for it."""
+
+    def __init__(self, shards: Shards):
+        groups = attribute_phrases()
+        self.texts = [phrase for group in groups.values() for phrase in group.values()]
+        sizes = [len(group) for group in groups.values()]
+        self.spans = [slice(sum(sizes[:k]), sum(sizes[:k + 1])) for k in range(len(sizes))]
+        numbers = [{value: k for k, value in enumerate(group)} for group in groups.values()]
+        mirrored = {"left": "right", "right": "left"}
+        rows = []
+        for flip in (False, True):
+            values = ([value_of(record["attributes"], name) for name in groups] for record in shards.records)
+            rows.append([[number.get(mirrored.get(v, v) if flip else v, UNSEEN) for number, v in zip(numbers, each, strict=True)] for each in values])
+        self.true = torch.tensor(rows)  # (2, n, groups): as drawn, mirrored
+
+    def loss(self, pictures: torch.Tensor, phrases: torch.Tensor, scale: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Cross-entropy of the right phrase within its group, a mean over the groups; features (n, d), (all phrases, d)."""
+        logits, true = scale * pictures @ phrases.T, self.true[batch.mirrored.long(), batch.chosen].to(pictures.device)
+        losses = [F.cross_entropy(logits[:, span], true[:, k], ignore_index=UNSEEN) for k, span in enumerate(self.spans) if (true[:, k] != UNSEEN).any()]
+        return torch.stack(losses).mean()
+
+
+    @torch.no_grad()
+    def right(self, clip: CLIPModel, tokenizer: CLIPTokenizer, images: torch.Tensor, length: int) -> dict[str, float]:
+        """How often the true phrase of a group comes first, by group, on the pictures that show one."""
+        phrases = F.normalize(clip.text_projection(clip.text_model(input_ids=tokenize(tokenizer, self.texts, length).to(clip.device)).pooler_output), dim=-1)
+        parts = [clip.visual_projection(clip.vision_model(pixel_values=to_floats(part).to(clip.device)).pooler_output) for part in images.split(64)]
+        logits = (torch.cat(parts) @ phrases.T).cpu()
+        first = torch.stack([logits[:, span].argmax(1) for span in self.spans], 1)  # (n, groups)
+        shown = self.true[0] != UNSEEN
+        hits = ((first == self.true[0]) & shown).sum(0) / shown.sum(0).clamp(min=1)
+        return {name: round(hit, 4) for name, hit in zip(attribute_phrases(), hits.tolist(), strict=True)}
+
+
 @dataclasses.dataclass(frozen=True)
 class ClipTask:
-    """CLIP's symmetric loss over a batch of pictures with captions."""
+    """CLIP's symmetric loss over a batch of pictures with captions, and the loss of single phrases, for which captioning asks it."""
 
     clip: CLIPModel
     tokenizer: CLIPTokenizer
     shards: Shards
+    phrases: Phrases
     batch_size: int
     clip_tokens: int
 
@@ -77,11 +114,15 @@ class ClipTask:
         images = to_floats(self.shards.images[batch.chosen])
         images[batch.mirrored] = images[batch.mirrored].flip(-1)
         ids = tokenize(self.tokenizer, batch.captions, self.clip_tokens)
-        pictures, captions = contrast(self.clip, softened(images, generator), ids)
+        asked = tokenize(self.tokenizer, self.phrases.texts, self.clip_tokens)
+        with torch.autocast(self.clip.device.type, torch.bfloat16):
+            pictures, captions = contrast(self.clip, softened(images, generator), ids)
+            phrases = self.clip.text_projection(self.clip.text_model(input_ids=asked.to(self.clip.device)).pooler_output)
         scale = self.clip.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        named = self.phrases.loss(pictures, F.normalize(phrases.float(), dim=-1), scale, batch)
         logits = scale * pictures @ captions.T  # (n, n)
         right = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2 + named
 
     @torch.no_grad()
     def right_of_hundred(self, validation: Shards, galleries: int = 10) -> float:
@@ -112,10 +153,11 @@ def train_clip(job: Job) -> dict:
     tokenizer = clip_tokenizer(vocabulary(), job.model.clip_tokens)
     clip = build_clip(job.model, tokenizer).to(job.device)
     config = job.training(learning_rate=3e-3, batch_size=64, weight_decay=0.05, ema=0.995)
-    task = ClipTask(clip, tokenizer, training, config.batch_size, job.model.clip_tokens)
+    task = ClipTask(clip, tokenizer, training, Phrases(training), config.batch_size, job.model.clip_tokens)
     trainer = Trainer("clip", clip, job.work / "clip", config)
     result = trainer.run(task.loss, lambda t: print(
         f"clip: step {t.step}, right of 100: {task.right_of_hundred(validation, 2):.1%}", flush=True))
     figures = job.figures(result, config) | {"right_of_100_captions": round(task.right_of_hundred(validation), 4)}
+    figures["right_phrase"] = Phrases(validation).right(clip, tokenizer, validation.images, job.model.clip_tokens)
     write_result(job.work / "clip", clip, figures)
     return figures

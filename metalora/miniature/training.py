@@ -183,13 +183,15 @@ class Trainer:
 
     Args:
         name: shown in the progress lines; the checkpoint is `folder`/checkpoint.pt.
-        module: holds all weights that train.
+        module: holds the weights that train and are the result.
+        helper: trains along and is thrown away in the end.
     """
 
-    def __init__(self, name: str, module: nn.Module, folder: Path, config: TrainingConfig):
+    def __init__(self, name: str, module: nn.Module, folder: Path, config: TrainingConfig, helper: nn.Module | None = None):
         self.name, self.module, self.folder, self.config = name, module, Path(folder), config
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = Optimizer(module, config)
+        self.all = module if helper is None else nn.ModuleList([module, helper])
+        parameters = [parameter for parameter in self.all.parameters() if parameter.requires_grad]
+        self.optimizer = Optimizer(self.all, config)
         self.parameters = parameters
         self.averages = Averages(parameters, config.ema)
         self.generator = torch.Generator()
@@ -300,7 +302,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the checkpoint beside and renames it, so that a kill leaves the last whole one."""
-        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
+        state = {"module": self.all.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "averages": self.averages.values,
                  "step": self.step, "seconds": self.seconds, "loss": self.loss, "earlier": self.earlier}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -312,14 +314,14 @@ class Trainer:
         path, result = self.folder / "checkpoint.pt", self.folder / "model.safetensors"
         if not path.exists():
             if result.exists():
-                self._load(load_file(result), result)
+                self._load(self.module, load_file(result), result)
                 self.averages = Averages(self.parameters, self.config.ema)
                 before = read_figures(self.folder)
                 self.earlier = {key: before[key] + before.get("earlier", {}).get(key, 0) for key in ("samples", "minutes")}
                 print(f"{self.name}: begins from {result}", file=sys.stderr, flush=True)
             return
         state = torch.load(path, weights_only=True, map_location="cpu")
-        self._load(state["module"], path)
+        self._load(self.all, state["module"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         for value, saved in zip(self.averages.values, state["averages"], strict=True):
             value.copy_(saved)
@@ -327,9 +329,9 @@ class Trainer:
         print(f"{self.name}: goes on at step {self.step}", file=sys.stderr, flush=True)
 
 
-    def _load(self, weights: dict[str, torch.Tensor], path: Path) -> None:
+    def _load(self, module: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
         try:
-            self.module.load_state_dict(weights)
+            module.load_state_dict(weights)
         except RuntimeError as error:
             raise MetaLoraError(f"{path} is of a model of other sizes or of other people; remove it to begin anew.") from error
 

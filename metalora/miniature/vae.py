@@ -14,8 +14,7 @@ from metalora.miniature.shards import Shards, load_shards
 from metalora.miniature.training import Job, Trainer, read_figures, read_result, write_result
 
 CROP = 64
-KL_WEIGHT = 1e-4  # of the mean over latent numbers; keeps the latents near a unit ball, not a prior to sample from
-EDGE_WEIGHT = 1.0
+KL_WEIGHT = 1e-5  # of the mean over latent numbers; keeps the latents near a unit ball, not a prior to sample from
 VALIDATION_PICTURES = 256
 DECODER = "vae-decoder"  # the name of that training
 
@@ -34,17 +33,8 @@ def random_crops(images: torch.Tensor, batch: int, size: int, generator: torch.G
     return to_floats(torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, mirror, strict=True)]))
 
 
-def edge_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 of the slopes at full and half size: the blur that plain L1 forgives."""
-    loss = output.new_zeros(())
-    for scale in (1, 2):
-        error = F.avg_pool2d(output - target, scale) if scale > 1 else output - target
-        loss = loss + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return loss
-
-
 def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Reconstruction in L1, slopes, and a small KL term; convolutions in bfloat16, the loss in float32."""
+    """Squared error, which is what PSNR measures, and a small KL term; convolutions in bfloat16, the loss in float32."""
     images = images.to(vae.device)
     with torch.autocast(vae.device.type, torch.bfloat16):
         moments = vae.encoder(images)
@@ -55,7 +45,7 @@ def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generato
         output = vae.decoder(latents)
     output = output.float()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return F.l1_loss(output, images) + EDGE_WEIGHT * edge_loss(output, images) + KL_WEIGHT * kl
+    return F.mse_loss(output, images) + KL_WEIGHT * kl
 
 
 @torch.no_grad()

@@ -1,0 +1,148 @@
+"""`python -m metalora.miniature attribute-check`: how much of what captions name is in the pictures that a base draws.
+
+A classifier that was trained on true renders alone reads both the generated pictures and, as the ceiling, true renders of the very
+scenes that the captions were written of. With `--evaluation` it reads the pictures that `metalora evaluate` left behind instead.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.stats import binomtest
+
+from metalora.base import Base
+from metalora.errors import MetaLoraError
+from metalora.generate import GenerateConfig, generate
+from metalora.miniature.attributes import HEADS, NAME, Classifier, label, trained_classifier
+from metalora.miniature.captions import AGES, ANY_STYLE, BACKGROUNDS, BEARDS, EXPRESSIONS, HAIR_COLOURS, HAIR_WORDS, HATS, OPENINGS, SKINS, TOPS, TURNS, caption
+from metalora.miniature.people import HELD_OUT, person, scene
+from metalora.miniature.pipeline import MiniatureConfig
+from metalora.miniature.render import render
+from metalora.miniature.training import Job, read_figures
+
+DRAFTS = 4  # captions of a scene, of which the longest is drawn from
+Check = dict[str, dict[str, float]]
+
+
+def named(text: str) -> dict[str, str]:
+    """The attributes that a caption or a prompt names: the inverse of `captions.caption`."""
+    opening, *parts = text.split(", ")
+    found = {"style": style for style, phrases in OPENINGS.items() for phrase in phrases if opening.startswith(f"{phrase} ")}
+    said = [phrase for phrases in (*OPENINGS.values(), ANY_STYLE) for phrase in phrases if opening.startswith(f"{phrase} ")]
+    found |= _subject(opening.removeprefix(max(said, key=len, default="")).split())
+    for part in parts:
+        for attribute, words in (("background", BACKGROUNDS), ("expression", EXPRESSIONS)):
+            found |= {attribute: value for value, phrases in words.items() if part in phrases}
+        found |= {"turn": value for value, phrase in TURNS.items() if part == phrase}
+        if part.split()[0] in ("wearing", "in") and not any(part in phrases for phrases in BACKGROUNDS.values()):
+            for thing in part.split(maxsplit=1)[1].split(" and "):
+                found |= _thing(thing)
+    return found
+
+
+def _subject(words: list[str]) -> dict[str, str]:
+    text = " ".join(words)
+    found = {"age": age for age in AGES if age in words} | {"sex": sex for sex in ("woman", "man") if sex in words}
+    found |= {"skin": skin for skin in SKINS if f"{skin} skin" in text}
+    found |= {"beard": beard for beard, phrase in BEARDS.items() if f" {phrase}" in text}
+    for feature in text.split(" with ", 1)[-1].split(" and "):
+        if feature.endswith(" hair"):
+            found |= {"hair": word for word in HAIR_WORDS if word in feature.split()}
+            found |= {"hair_colour": word for word in HAIR_COLOURS if word in feature.split()}
+    return found | ({"hair": "bald"} if "a bald head" in text else {})
+
+
+def _thing(thing: str) -> dict[str, str]:
+    if thing == "glasses":
+        return {"glasses": "glasses"}
+    words = thing.split(maxsplit=1)[1]  # without its article
+    for attribute, names in (("hat", HATS), ("top", TOPS)):
+        for value, name in sorted(names.items(), key=lambda item: -len(item[1])):
+            if words == name or words.endswith(f" {name}"):
+                colour = words.removesuffix(name).strip()
+                return {attribute: value} | ({f"{attribute}_colour": colour} if colour else {})
+    return {}
+
+
+def agreement(classifier: Classifier, images: torch.Tensor, texts: Iterable[str]) -> Check:
+    """By attribute: how many pictures were asked for it, the share in which it is found, and the 95 % interval of Wilson of that."""
+    found = classifier.read_off(images)
+    hits: dict[str, list[bool]] = {}
+    for classes, text in zip(found.tolist(), texts, strict=True):
+        asked = named(text)
+        for head, got in zip(HEADS, classes, strict=True):
+            if head in asked:
+                hits.setdefault(head, []).append(got == label(asked, head))
+    every = {head: hits[head] for head in HEADS if head in hits} | {"all": [hit for each in hits.values() for hit in each]}
+    return {head: _share(each) for head, each in every.items()}
+
+
+def _share(hits: list[bool]) -> dict[str, float]:
+    interval = binomtest(sum(hits), len(hits)).proportion_ci(method="wilson")
+    return {"asked": len(hits), "found": round(sum(hits) / len(hits), 4), "low": round(interval.low, 4), "high": round(interval.high, 4)}
+
+
+def check_base(classifier: Classifier, base: Base, pictures: int, guidance: float | None, seed: int) -> dict[str, Check]:
+    """Agreement of pictures drawn from captions of held-out people's scenes, and of the true renders of these."""
+    scenes = [(who := person(HELD_OUT + 5000 + k), scene(who, k % 7)) for k in range(pictures)]
+    drafts = [[caption(view.attributes, random.Random(f"{seed} {k} {n}")) for n in range(DRAFTS)] for k, (_, view) in enumerate(scenes)]
+    texts = [max(each, key=len) for each in drafts]
+    size = base.settings.resolution
+    true = torch.cat([render(scenes[k:k + 16], size)[0] for k in range(0, pictures, 16)])
+    drawn = [image for k, text in enumerate(texts) for image in generate(base, [text], config=GenerateConfig(seed=seed + k, guidance=guidance))]
+    return {"generated": agreement(classifier, stacked(drawn), texts), "true renders": agreement(classifier, true, texts)}
+
+
+def check_evaluation(classifier: Classifier, folder: Path, size: int) -> dict[str, Check]:
+    """Agreement of the pictures of every method of an evaluation."""
+    found = {}
+    for method in sorted({path.parent for path in folder.glob("*/*.jsonl")}):
+        rows = [json.loads(line) for path in sorted(method.glob("*.jsonl")) for line in path.read_text().splitlines()]
+        rows = [row for row in rows if row.get("picture")]
+        if rows:
+            images = stacked([Image.open(folder / row["picture"]).convert("RGB").resize((size, size)) for row in rows])
+            found[rows[0]["method"]] = agreement(classifier, images, [row["prompt"].replace("{person}", f"a {row['domain']}") for row in rows])
+    if not found:
+        raise MetaLoraError(f"{folder} has no pictures of an evaluation; give the folder that `metalora evaluate` wrote.")
+    return found
+
+
+def stacked(images: Iterable[Image.Image]) -> torch.Tensor:
+    """Pictures of one size as uint8 (n, 3, size, size)."""
+    return torch.stack([torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1) for image in images])
+
+
+def _table(found: dict[str, Check]) -> Iterator[str]:
+    yield f"{'':14}" + "".join(f"{name:>28}" for name in found)
+    for head in (*HEADS, "all"):
+        cells = [check.get(head) for check in found.values()]
+        if any(cells):
+            yield f"{head:14}" + "".join(f"{c['found']:>12.1%} ({c['low']:.0%}-{c['high']:.0%})" if c else "" for c in cells)
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m metalora.miniature attribute-check`: see --help."""
+    parser = argparse.ArgumentParser(prog="python -m metalora.miniature attribute-check", description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help=f"folder in which the training `{NAME}` has finished")
+    parser.add_argument("--base", default="miniature", help="the base that draws (%(default)s)")
+    parser.add_argument("--evaluation", type=Path, help="the output of `metalora evaluate`, to read instead of drawing")
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--guidance", type=float, help="the base's own when not given")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    given = parser.parse_args(arguments)
+    sizes = read_figures(given.work / NAME)["model"]
+    config = MiniatureConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()})
+    classifier = trained_classifier(Job(data=(), work=given.work, minutes=0.0, model=config))
+    if given.evaluation:
+        found = check_evaluation(classifier, given.evaluation, config.size)
+    else:
+        found = check_base(classifier, Base.open(given.base), given.pictures, given.guidance, given.seed)
+    print("\n".join(_table(found)))
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
