@@ -23,6 +23,8 @@ TRAININGS = {"vae": ("vae", "train_vae"), "vae-decoder": ("vae", "train_decoder"
              "attributes": ("attributes", "train_attributes"), "face-detector": ("detector", "train_detector"), "face-recogniser": ("recogniser", "train_recogniser")}
 ELSEWHERE = {"render": "draw the portrait world into shards",  # commands whose arguments their own modules read
              "dataset": "people as an image folder for evaluate and meta-train",
+             "sheet": "a contact sheet of the portrait world",
+             "world-check": "what is trained on photographs, tried on the portrait world",
              "attribute-check": "how much of what captions name is in the pictures that a base draws",
              "meta-down": "stage 1: learn the Meta-Down of a domain on the assembled base"}
 MINUTES = {"vae": 30, "vae-decoder": 30, "clip": 12, "base": 180, "attributes": 12, "face-detector": 8, "face-recogniser": 14}
