@@ -20,7 +20,7 @@ from metalora.miniature.training import Job, Trainer, write_result
 STRIDES, ANCHORS = (8, 16, 32), 2
 LEVELS = ((0.0, 30.0), (20.0, 60.0), (44.0, 1e9))  # longer side of the faces, px, that each stride is to find
 RADIUS = 0.75  # a cell is to find a face whose centre is within so many strides of its own
-CANVASES = (96, 128)
+CANVASES = (128, 160)
 EMPTY_SHARE = 0.12
 CHECKED_CANVASES = 300
 
