@@ -62,6 +62,18 @@ class TrainingSet:
         return replace(self, mean=self.mean[kept], std=self.std[kept], text=self.text.rows(captions), caption=caption, subject=self.subject[kept], weight=weight)
 
 
+def join(sets: Sequence[TrainingSet]) -> TrainingSet:
+    """Sets of one subject each as one, of subjects 0, 1, … in the order given."""
+    sizes = [int(each.caption.max()) + 1 for each in sets]
+    first = [sum(sizes[:i]) for i in range(len(sets))]
+    return replace(
+        sets[0], mean=torch.cat([each.mean for each in sets]), std=torch.cat([each.std for each in sets]), text=Text.cat([each.text for each in sets]),
+        caption=torch.cat([each.caption + start for each, start in zip(sets, first)]),
+        subject=torch.cat([torch.full_like(each.subject, i) for i, each in enumerate(sets)]),
+        weight=None if sets[0].weight is None else torch.cat([each.weight for each in sets]),
+    )  # fmt: skip
+
+
 def encode(
     base: Base, images: Tensor, captions: Sequence[str], subjects: Sequence[int] | None = None, masks: Tensor | None = None
 ) -> TrainingSet:  # fmt: skip

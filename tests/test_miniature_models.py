@@ -22,7 +22,7 @@ from metalora.errors import MetaLoraError
 from metalora.face import FaceFinder
 from metalora.miniature import assemble as assembly
 from metalora.miniature import base as base_training
-from metalora.miniature import detector, recogniser
+from metalora.miniature import detector, meta_down, recogniser
 from metalora.miniature.__main__ import main
 from metalora.miniature.captions import TRIGGER, caption_phrases, vocabulary
 from metalora.miniature.clip import train_clip
@@ -357,6 +357,22 @@ def test_the_assembled_weights_are_the_trained_ones(assets: Path, work: Path):
     assert all(torch.equal(value, trained[f"transformer.{name}"].half()) for name, value in saved.items())
     figures = json.loads((work / "vae" / "result.json").read_text())
     assert json.loads((assets / "miniature" / "vae" / "config.json").read_text())["scaling_factor"] == figures["scaling_factor"]
+
+
+def test_stage_one_encodes_people_when_they_first_come_up(assets: Path, data: Path, monkeypatch):
+    base, shards, encoded = Base.open(str(assets / "miniature"), device="cpu"), load_shards(data), []
+    encode = meta_down.cache.encode
+    monkeypatch.setattr(meta_down.cache, "encode", lambda base, images, *rest: encoded.append(len(images)) or encode(base, images, *rest))
+    domain = max(("woman", "man"), key=lambda sex: len(meta_down.people_of(shards, sex)))
+    people = meta_down.people_of(shards, domain)
+    assert sorted(i for pictures in people.values() for i in pictures) == [i for i, r in enumerate(shards.records) if r["domain"] == domain]
+    bucket = meta_down.bucket_of_shards(base, shards, domain)
+    both, one, again = bucket([0, 2]), bucket([1]), bucket([2, 1, 0])
+    assert encoded == [2 * 2 * 3, 2 * 3]  # people x (pictures and mirrors); nobody twice
+    assert both.subject.bincount().tolist() == [6, 6] and again.subject.bincount().tolist() == [6, 6, 6]
+    for wanted, place in ((both.select([0]), 2), (both.select([1]), 0), (one, 1)):
+        got = again.select([place])
+        assert torch.equal(got.mean, wanted.mean) and torch.equal(got.text.rows(got.caption)[0], wanted.text.rows(wanted.caption)[0])
 
 
 def test_clip_s_text_tower_is_the_pipeline_s_bit_for_bit(assets: Path):

@@ -1,4 +1,4 @@
-"""`python -m metalora.miniature meta-down`: stage 1 on the rendered portrait world, all of it encoded beforehand.
+"""`python -m metalora.miniature meta-down`: stage 1 on the rendered portrait world, a person's pictures encoded when they first come up.
 
 The stage itself is metalora.meta.meta_train, the same that `python -m metalora meta-train` runs on photos.
 """
@@ -8,6 +8,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from metalora import cache
 from metalora.base import Base
 from metalora.config import overlay
 from metalora.face import FaceFinder
-from metalora.meta import meta_train
+from metalora.meta import Bucket, meta_train
 from metalora.miniature.captions import TRIGGER, caption
 from metalora.miniature.shards import Shards, load_shards
 from metalora.prompts import mirrored
@@ -26,27 +27,43 @@ from metalora.prompts import mirrored
 FACES = 4  # pictures of a person that are embedded for a predictor
 
 
-def training_set(base: Base, shards: Shards, domain: str, seed: int = 0) -> cache.TrainingSet:
-    """The people of one domain, each picture also mirrored, captioned with "sks woman" in place of their looks."""
-    mask = [record["domain"] == domain for record in shards.records]
-    chosen = shards.select(torch.tensor(mask))
-    numbers = {person: i for i, person in enumerate(chosen.persons.unique().tolist())}
-    subjects = [numbers[record["person"]] for record in chosen.records]
-    rng = random.Random(seed)
-    texts = [caption(record["attributes"], rng, f"{TRIGGER} {domain}") for record in chosen.records]
-    images = chosen.images.float() / 127.5 - 1  # (n, 3, size, size)
-    return cache.encode(base, torch.cat([images, images.flip(-1)]), [*texts, *map(mirrored, texts)], subjects * 2)
-
-
-def faces_of(base: Base, shards: Shards, domain: str) -> list[torch.Tensor]:
-    """Embeddings (pictures, d) of the people of one domain, in the order of `training_set`, of some pictures each."""
-    finder = FaceFinder(base.settings.face_pack, base.settings.det_size)
+def people_of(shards: Shards, domain: str) -> dict[int, list[int]]:
+    """Numbers of the pictures of each person of one domain, by the person's seed, in order."""
     pictures: dict[int, list[int]] = {}
     for i, record in enumerate(shards.records):
         if record["domain"] == domain:
             pictures.setdefault(record["person"], []).append(i)
-    return [torch.from_numpy(finder.embed_all(Image.fromarray(shards.images[i].permute(1, 2, 0).numpy()) for i in pictures[person][:FACES]))
-            for person in sorted(pictures)]  # fmt: skip
+    return dict(sorted(pictures.items()))
+
+
+def bucket_of_shards(base: Base, shards: Shards, domain: str, seed: int = 0) -> Bucket:
+    """A bucket source of the people of `people_of`: each picture also mirrored, captioned with "sks woman" in place of the looks.
+
+    What was encoded once is kept: latents and embeddings of the miniature are small.
+    """
+    people, encoded = list(people_of(shards, domain).items()), {}
+
+    def encode_new(subjects: Sequence[int]) -> None:
+        rows = [(number, i) for number, s in enumerate(subjects) for i in people[s][1]]
+        texts = [caption(shards.records[i]["attributes"], random.Random(f"{seed} {i}"), f"{TRIGGER} {domain}") for _, i in rows]
+        images = shards.images[[i for _, i in rows]].float() / 127.5 - 1  # (n, 3, size, size)
+        numbers = [number for number, _ in rows] * 2
+        together = cache.encode(base, torch.cat([images, images.flip(-1)]), [*texts, *map(mirrored, texts)], numbers)
+        encoded.update({s: together.select([number]) for number, s in enumerate(subjects)})
+
+    def bucket(subjects: Sequence[int]) -> cache.TrainingSet:
+        if new := [s for s in subjects if s not in encoded]:
+            encode_new(new)
+        return cache.join([encoded[s] for s in subjects])
+
+    return bucket
+
+
+def faces_of(base: Base, shards: Shards, domain: str) -> list[torch.Tensor]:
+    """Embeddings (pictures, d) of the people of `people_of`, of some pictures each."""
+    finder = FaceFinder(base.settings.face_pack, base.settings.det_size)
+    return [torch.from_numpy(finder.embed_all(Image.fromarray(shards.images[i].permute(1, 2, 0).numpy()) for i in pictures[:FACES]))
+            for pictures in people_of(shards, domain).values()]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     base = Base.open(arguments.base)
     config = overlay(base.settings.meta, arguments.config)
     training, _ = load_shards(*arguments.data).split()
-    data = training_set(base, training, arguments.domain)
-    run = meta_train(base, data.subjects, data.select, arguments.domain, config,
+    subjects = len(people_of(training, arguments.domain))
+    run = meta_train(base, subjects, bucket_of_shards(base, training, arguments.domain), arguments.domain, config,
                      name=f"{base.name}/{arguments.domain}", folder=arguments.work,
                      faces=partial(faces_of, base, training, arguments.domain))
     smooth, shown = None, 0.0
