@@ -206,6 +206,27 @@ def meta_train(
 
 
 @command
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="Three-factor weights that other code wrote.")],
+    output: Output, domain: Annotated[str, typer.Option("--domain", help="Of whom they were learnt, such as woman.")],
+    base: BaseName = DEFAULT_BASE, json: Json = False,
+) -> Result:  # fmt: skip
+    """Make a Meta-Down of weights that other code published; layers are found by name, then by shape and order."""
+    from .metadown import TENSORS
+
+    if (output / TENSORS).exists():
+        raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
+    from .base import Base
+    from .foreign import convert
+
+    found, placed = convert(source, Base.open(base), domain, output.name)
+    found.save(output)
+    result = {"output": str(output), "by_name": len(placed.by_name), "by_order": len(placed.by_order), "empty": placed.empty, "left_out": placed.left_out}
+    lines = [f"{output}: {len(placed.by_name)} layers placed by name, {len(placed.by_order)} by shape and order", *(f"not placed: {line}" for line in placed.left_out)]
+    return result, "\n".join([*lines, *([f"{len(placed.empty)} layers of the base stay as they are, such as {placed.empty[0]}"] if placed.empty else [])])
+
+
+@command
 def evaluate(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of people's photos, with metadata.jsonl and prompts.txt.")],
     method: Annotated[list[str], typer.Option("--method", metavar="METHOD...", help="base, meta-lora, lora-r1, ..., with @STEPS for other steps than the base's, or :KEY=VALUE,... for other settings.")],

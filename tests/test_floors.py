@@ -16,7 +16,7 @@ FLOORS = [
     {"identity", "hub", "plan"},
     {"quantise", "publish"},
     {"base"},
-    {"cache"},
+    {"cache", "foreign"},
     {"train", "score", "webreport", "methods", "peer"},
     {"adapt", "meta", "generate"},
     {"personalizer", "report"},
