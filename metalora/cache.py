@@ -62,6 +62,21 @@ class TrainingSet:
         return replace(self, mean=self.mean[kept], std=self.std[kept], text=self.text.rows(captions), caption=caption, subject=self.subject[kept], weight=weight)
 
 
+def join(people: Sequence[TrainingSet]) -> TrainingSet:
+    """The pictures of several sets of one subject each and of one size; the subjects are 0, 1, … in the order given."""
+    sizes = torch.tensor([len(person.text[0]) for person in people])
+    firsts = (sizes.cumsum(0) - sizes).tolist()  # rows of the joint text at which each one's captions begin
+    return replace(
+        people[0],
+        mean=torch.cat([person.mean for person in people]),
+        std=torch.cat([person.std for person in people]),
+        text=Text.cat(person.text for person in people),
+        caption=torch.cat([person.caption + first for person, first in zip(people, firsts)]),
+        subject=torch.cat([torch.full_like(person.subject, number) for number, person in enumerate(people)]),
+        weight=None if people[0].weight is None else torch.cat([person.weight for person in people]),
+    )
+
+
 def encode(
     base: Base, images: Tensor, captions: Sequence[str], subjects: Sequence[int] | None = None, masks: Tensor | None = None
 ) -> TrainingSet:  # fmt: skip
