@@ -41,10 +41,10 @@ STYLES = {
     "swept-back": Style(0.095, 0.022, 0.008, "back", clump=0.6, segments=8),
     "curly": Style(0.060, 0.030, 0.020, "tangled", 0.15, 0.0065, 2.4, clump=0.25, width=0.0048, segments=8),
     "afro": Style(0.050, 0.058, 0.050, "tangled", 0.0, 0.0050, 3.0, clump=0.1, width=0.0052, roots=1300),
-    "chin-length": Style(0.19, 0.020, 0.018, "centre", 0.9, clump=0.45, segments=11),
-    "fringed": Style(0.19, 0.020, 0.018, "centre", 0.9, fringe=0.072, clump=0.35, segments=11),
-    "long": Style(0.31, 0.017, 0.015, "centre", 0.9, clump=0.5, segments=16),
-    "wavy": Style(0.30, 0.022, 0.024, "centre", 0.75, 0.0075, 1.9, clump=0.75, segments=16),
+    "chin-length": Style(0.19, 0.020, 0.018, "centre", 0.9, clump=0.45, segments=11, width=0.0062),
+    "fringed": Style(0.19, 0.020, 0.018, "centre", 0.9, fringe=0.072, clump=0.35, segments=11, width=0.0062),
+    "long": Style(0.31, 0.017, 0.015, "centre", 0.9, clump=0.45, segments=16, width=0.0070, roots=1100),
+    "wavy": Style(0.30, 0.022, 0.024, "centre", 0.75, 0.0075, 1.9, clump=0.65, segments=16, width=0.0066, roots=1100),
     "tied-up": Style(0.13, 0.010, 0.007, "back", bun=True, clump=0.6, segments=8),
 }
 

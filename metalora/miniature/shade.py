@@ -252,7 +252,9 @@ def hair(s: Surface, p: Palette, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     along, outward = (torch.einsum("nij,nj->ni", turn[s.picture], v) for v in (s.masks[:, :3], outward))
     along, outward = (torch.nn.functional.normalize(v, dim=1) for v in (along, outward))
     normal = torch.nn.functional.normalize(outward - 0.6 * (outward * along).sum(1, keepdim=True) * along, dim=1)
-    tone = (0.50 + 0.45 * s.along.clamp(0, 1) ** 0.7) * (0.62 + 0.76 * s.masks[:, 3])
+    behind = (normal * s.view).sum(1) < 0  # the inside of hair that hangs behind the neck: in the shade
+    normal = torch.where(behind[:, None], -normal, normal)
+    tone = (0.50 + 0.45 * s.along.clamp(0, 1) ** 0.7) * (0.62 + 0.76 * s.masks[:, 3]) * torch.where(behind, 0.55, 1.0)
     return p.hair[s.picture] * tone[:, None] * 1.25, normal, torch.cat([along, s.masks[:, 3:]], 1)
 
 
@@ -304,9 +306,9 @@ def illuminate(s: Surface, p: Palette, colour: Tensor, gloss: Tensor, glow: Tens
     # Hair shines in a band across its strands (Kajiya and Kay 1989, section 4), in its own colour.
     band = (1 - (s.masks[:, :3] * half).sum(1).square()).clamp(min=0).sqrt() ** 60 * (s.normal * towards).sum(1).clamp(min=0)
     highlight = torch.where(s.material == HAIR, band * gloss * (0.3 + s.masks[:, 3]), highlight)
-    sheen = (1 - (s.normal * s.view).sum(1).clamp(0, 1)) ** 4 * 0.08
+    sheen = (1 - (s.normal * s.view).sum(1).clamp(0, 1)) ** 4 * 0.08 * (s.material == SKIN)
     light = colour * (p.light_colour[s.picture] * diffuse * lit * (0.55 + 0.45 * s.occlusion) + around)
-    light = light + glow + (highlight[:, None] * 1.6 * s.lit + sheen[:, None] * soft) * p.light_colour[s.picture] * 0.5
+    light = light + glow + (highlight[:, None] * 1.6 * s.lit + sheen[:, None]) * p.light_colour[s.picture] * 0.5
     behind = (s.normal * p.rim_direction[s.picture]).sum(1, keepdim=True).clamp(min=0)
     grazing = (1 - (s.normal * s.view).sum(1, keepdim=True).clamp(0, 1)) ** 3
     return light + p.rim[s.picture] * behind * grazing * s.occlusion * (0.12 + 0.9 * colour)
