@@ -62,16 +62,19 @@ class TrainingSet:
         return replace(self, mean=self.mean[kept], std=self.std[kept], text=self.text.rows(captions), caption=caption, subject=self.subject[kept], weight=weight)
 
 
-def join(sets: Sequence[TrainingSet]) -> TrainingSet:
-    """Sets of one subject each as one, of subjects 0, 1, … in the order given."""
-    sizes = [int(each.caption.max()) + 1 for each in sets]
-    first = [sum(sizes[:i]) for i in range(len(sets))]
+def join(people: Sequence[TrainingSet]) -> TrainingSet:
+    """The pictures of several sets of one subject each and of one size; the subjects are 0, 1, … in the order given."""
+    sizes = torch.tensor([len(person.text[0]) for person in people])
+    firsts = (sizes.cumsum(0) - sizes).tolist()  # rows of the joint text at which each one's captions begin
     return replace(
-        sets[0], mean=torch.cat([each.mean for each in sets]), std=torch.cat([each.std for each in sets]), text=Text.cat([each.text for each in sets]),
-        caption=torch.cat([each.caption + start for each, start in zip(sets, first)]),
-        subject=torch.cat([torch.full_like(each.subject, i) for i, each in enumerate(sets)]),
-        weight=None if sets[0].weight is None else torch.cat([each.weight for each in sets]),
-    )  # fmt: skip
+        people[0],
+        mean=torch.cat([person.mean for person in people]),
+        std=torch.cat([person.std for person in people]),
+        text=Text.cat(person.text for person in people),
+        caption=torch.cat([person.caption + first for person, first in zip(people, firsts)]),
+        subject=torch.cat([torch.full_like(person.subject, number) for number, person in enumerate(people)]),
+        weight=None if people[0].weight is None else torch.cat([person.weight for person in people]),
+    )
 
 
 def encode(

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,13 @@ from metalora.errors import MetaLoraError
 from metalora.face import FaceFinder
 from metalora.miniature import assemble as assembly
 from metalora.miniature import base as base_training
-from metalora.miniature import detector, meta_down, recogniser
+from metalora.miniature import detector, recogniser
 from metalora.miniature.__main__ import main
 from metalora.miniature.captions import TRIGGER, caption_phrases, vocabulary
 from metalora.miniature.clip import train_clip
 from metalora.miniature.facepack import separation
+from metalora.miniature.features import Latents, cached, encode_latents
+from metalora.miniature.meta_down import People
 from metalora.miniature.people import HELD_OUT, person, scene
 from metalora.miniature.pipeline import build_pipeline, clip_tokenizer, save_pipeline, t5_tokenizer
 from metalora.miniature.shards import draw_captioned, load_shards
@@ -284,6 +287,50 @@ def test_stock_insightface_runs_the_pack_as_pytorch_does(work: Path, assets: Pat
         np.testing.assert_allclose(model.get_feat(crop)[0], ours.eval()((pixels - 127.5) / 127.5)[0], atol=1e-4)
 
 
+def test_a_folder_of_data_is_encoded_once(data: Path, tmp_path: Path):
+    """Another folder beside it leaves its file alone; other pictures or another network do not."""
+    write_part(tmp_path, 0, PEOPLE[:2], scenes=1)
+    encoded: list[int] = []
+
+    def shades(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        encoded.append(len(images))
+        return {"left": images[..., :SIZE // 2].float().mean(dim=(1, 2, 3))}
+
+    def made(*folders: Path, weight: float = 1.0) -> torch.Tensor:
+        return cached("shades", Job(data=folders, work=tmp_path / "work", minutes=1), torch.tensor(weight), shades)["left"]
+
+    first, both, again = made(data), made(data, tmp_path), made(data, tmp_path)
+    assert encoded == [27, 27, 2, 2] and torch.equal(both, again) and torch.equal(both[:, :27], first)
+    images = load_shards(data, tmp_path).images
+    assert torch.equal(both, torch.stack([shades(each)["left"].half() for each in (images, images.flip(-1))]))
+    encoded.clear()
+    made(data, tmp_path, weight=2.0)
+    write_part(tmp_path, 1, PEOPLE[:1], scenes=1)
+    made(data, tmp_path, weight=2.0)
+    assert encoded == [27, 27, 2, 2, 3, 3]
+
+
+def test_the_alignment_sees_the_clean_picture_of_its_row_and_only_where_there_are_gradients(data: Path, work: Path):
+    job = Job(data=(data,), work=work, minutes=1, model=TOY)
+    pipeline = base_training.trained_base(job)
+    denoiser = base_training.Denoiser(pipeline, TOY.max_sequence_length)
+    shards = load_shards(data)
+    latents = Latents(**cached("latents", job, pipeline.vae.encoder.conv_in.weight, partial(encode_latents, pipeline.vae)))
+    views = torch.randn(2, len(shards), TOY.image_tokens, 8)
+    alignment = base_training.Alignment(pipeline.transformer, views)
+    base_training.validation_loss(denoiser, shards, latents)
+    batch = draw_captioned(shards.records, 4, torch.Generator().manual_seed(0))
+    text = denoiser.encode(batch.captions)
+    denoiser.velocity(latents.draw(batch, torch.Generator()), torch.full((4,), 0.5), text, torch.ones(4))
+    (tokens,) = alignment._seen
+    views[batch.mirrored.long(), batch.chosen] = alignment.project(tokens).detach()
+    alignment.loss(batch).backward()
+    assert not alignment._seen and pipeline.transformer.x_embedder.weight.grad is not None
+    denoiser.velocity(latents.draw(batch, torch.Generator()), torch.full((4,), 0.5), denoiser.encode(batch.captions), torch.ones(4))
+    alignment._seen[0] = tokens
+    assert alignment.loss(batch) < 1e-5
+
+
 def test_the_detector_s_onnx_finds_what_the_decoded_maps_say(work: Path, assets: Path):
     finder = FaceFinder(assets / "face", det_size=SIZE)
     assert isinstance(finder.detect(Image.new("RGB", (SIZE, SIZE), "grey")), list)
@@ -359,22 +406,6 @@ def test_the_assembled_weights_are_the_trained_ones(assets: Path, work: Path):
     assert json.loads((assets / "miniature" / "vae" / "config.json").read_text())["scaling_factor"] == figures["scaling_factor"]
 
 
-def test_stage_one_encodes_people_when_they_first_come_up(assets: Path, data: Path, monkeypatch):
-    base, shards, encoded = Base.open(str(assets / "miniature"), device="cpu"), load_shards(data), []
-    encode = meta_down.cache.encode
-    monkeypatch.setattr(meta_down.cache, "encode", lambda base, images, *rest: encoded.append(len(images)) or encode(base, images, *rest))
-    domain = max(("woman", "man"), key=lambda sex: len(meta_down.people_of(shards, sex)))
-    people = meta_down.people_of(shards, domain)
-    assert sorted(i for pictures in people.values() for i in pictures) == [i for i, r in enumerate(shards.records) if r["domain"] == domain]
-    bucket = meta_down.bucket_of_shards(base, shards, domain)
-    both, one, again = bucket([0, 2]), bucket([1]), bucket([2, 1, 0])
-    assert encoded == [2 * 2 * 3, 2 * 3]  # people x (pictures and mirrors); nobody twice
-    assert both.subject.bincount().tolist() == [6, 6] and again.subject.bincount().tolist() == [6, 6, 6]
-    for wanted, place in ((both.select([0]), 2), (both.select([1]), 0), (one, 1)):
-        got = again.select([place])
-        assert torch.equal(got.mean, wanted.mean) and torch.equal(got.text.rows(got.caption)[0], wanted.text.rows(wanted.caption)[0])
-
-
 def test_clip_s_text_tower_is_the_pipeline_s_bit_for_bit(assets: Path):
     tower = load_file(assets / "miniature" / "text_encoder" / "model.safetensors")
     clip = CLIPModel.from_pretrained(assets / "clip")
@@ -422,6 +453,21 @@ def test_assembling_again_gives_the_same_files_and_leaves_nothing_beside(assets:
     assert files() == before
     assert {path.name for path in assets.iterdir()} == {"miniature", "clip", "face"}
     assert sizes["all"] == pytest.approx(sum(map(len, before.values())) / 1e6, abs=0.01)
+
+
+def test_stage_1_encodes_people_when_it_meets_them(assets: Path, data: Path):
+    base, shards = Base.open(str(assets / "miniature"), device="cpu"), load_shards(data)
+    domain = shards.records[0]["domain"]
+    people = People(base, shards, domain)
+    assert len(people) == len({r["person"] for r in shards.records if r["domain"] == domain}) > 1
+    one, pair, again = people.bucket([1]), people.bucket([0, 1]), people.bucket([1, 0])
+    assert (len(one), len(pair), one.subjects, pair.subjects) == (6, 12, 1, 2)  # three pictures and their mirrors
+    for bucket, number in ((pair, 1), (again, 0)):
+        rows = bucket.subject == number
+        assert torch.equal(bucket.mean[rows], one.mean)
+        assert torch.equal(bucket.text.rows(bucket.caption[rows]).embeds, one.text.rows(one.caption).embeds)
+    assert torch.equal(People(base, shards, domain).bucket([0, 1]).mean, pair.mean)
+    assert people.bucket([0]) is not pair and set(people._encoded) == set(list(people.pictures)[:2])
 
 
 def test_what_cannot_be_assembled_is_refused_and_nothing_is_left(assets: Path, work: Path, tmp_path: Path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from PIL import Image
 from metalora import MetaLoraError
 from metalora.adapt import adapt, adapt_plain, crops, face_mask
 from metalora.adapter import attach
-from metalora.cache import encode, mirrored, to_tensor
+from metalora.cache import encode, join, mirrored, to_tensor
 from metalora.config import AdaptConfig, FlowConfig, MetaConfig
 from metalora.data import Item
 from metalora.meta import _members, bucket_of_photos, meta_train
@@ -49,6 +49,15 @@ def test_selecting_subjects_renumbers_them_and_keeps_their_pictures(people):
         ours, theirs = part.subject == new, people.subject == old
         assert torch.equal(part.mean[ours], people.mean[theirs])
         assert torch.equal(part.text.rows(part.caption[ours]).embeds, people.text.rows(people.caption[theirs]).embeds)
+
+
+def test_subjects_one_by_one_and_joined_are_those_selected_at_once(people):
+    joined, part = join([people.select([4]), people.select([1])]), people.select([4, 1])
+    assert joined.subjects == 2 and joined.weight is None
+    for subject in range(2):
+        ours, theirs = joined.subject == subject, part.subject == subject
+        assert torch.equal(joined.mean[ours], part.mean[theirs]) and torch.equal(joined.std[ours], part.std[theirs])
+        assert torch.equal(joined.text.rows(joined.caption[ours]).embeds, part.text.rows(part.caption[theirs]).embeds)
 
 
 @settings(max_examples=40, deadline=None)

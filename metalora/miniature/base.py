@@ -11,27 +11,26 @@ was .7095 with it and .7215 without.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPModel, T5EncoderModel
+from transformers import T5EncoderModel
 
 from metalora.miniature.captions import vocabulary
 from metalora.miniature.clip import trained_clip
+from metalora.miniature.features import Latents, cached, encode_latents, encode_patches
 from metalora.miniature.pipeline import build_pipeline
 from metalora.miniature.shards import Batch, Shards, draw_captioned, load_shards
 from metalora.miniature.training import Job, Trainer, read_result, write_result
-from metalora.miniature.vae import encode, to_floats, trained_vae
+from metalora.miniature.vae import trained_vae
 
 TRIGGER_SHARE = 0.15  # so that "sks woman" means nobody in particular before it is bound to a person
 DROPPED_SHARE = 0.1
@@ -52,67 +51,6 @@ PREVIEW_PROMPTS = (
     "a pencil drawing of a young man with short hair, wearing a striped shirt, looking surprised")
 
 
-@dataclasses.dataclass(frozen=True)
-class Latents:
-    """Means and deviations of the VAE's posterior, scaled as the transformer sees them, of pictures and their mirrors.
-
-    Args:
-        mean, deviation: (2, n, channels, h, w) float16 on the CPU; the first axis is as drawn, mirrored.
-    """
-
-    mean: torch.Tensor
-    deviation: torch.Tensor
-
-    def draw(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        """A sample of each picture's posterior, (n, channels, h, w): every step draws anew."""
-        rows = batch.mirrored.long(), batch.chosen
-        mean, deviation = self.mean[rows].float(), self.deviation[rows].float()
-        return mean + deviation * torch.randn(mean.shape, generator=generator)
-
-
-def encode_shards(vae: AutoencoderKL, shards: Shards) -> Latents:
-    """Encodes all pictures and their mirrors."""
-    both = [encode(vae, images) for images in (shards.images, shards.images.flip(-1))]
-    mean, deviation = (torch.stack(parts) for parts in zip(*both, strict=True))
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
-    return Latents(((mean - shift) * scale).half().contiguous(), (deviation * scale).half().contiguous())
-
-
-def cached_latents(vae: AutoencoderKL, shards: Shards, path: Path) -> Latents:
-    """The latents from `path` if they are of this VAE and these pictures, else encoded and written there."""
-    digest = hashlib.sha256(vae.encoder.conv_in.weight.detach().cpu().numpy().tobytes())
-    digest.update(shards.images[:: max(1, len(shards) // 64)].numpy().tobytes())
-    key = f"{len(shards)}-{digest.hexdigest()}"
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                return Latents(file.get_tensor("mean"), file.get_tensor("deviation"))
-    latents = encode_shards(vae, shards)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"mean": latents.mean, "deviation": latents.deviation}, path, {"key": key})
-    return latents
-
-
-@torch.no_grad()
-def cached_views(clip: CLIPModel, shards: Shards, path: Path) -> torch.Tensor:
-    """What CLIP's vision tower makes of each patch of all pictures and their mirrors, (2, n, patches, width) float16; kept in `path`."""
-    digest = hashlib.sha256(clip.vision_model.embeddings.patch_embedding.weight.detach().cpu().numpy().tobytes())
-    digest.update(shards.images[:: max(1, len(shards) // 64)].numpy().tobytes())
-    key = f"{len(shards)}-{digest.hexdigest()}"
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                return file.get_tensor("views")
-    both = []
-    for images in (shards.images, shards.images.flip(-1)):
-        parts = [clip.vision_model(pixel_values=to_floats(part).to(clip.device)).last_hidden_state[:, 1:].half().cpu() for part in images.split(64)]
-        both.append(torch.cat(parts))
-    views = torch.stack(both)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"views": views}, path, {"key": key})
-    return views
-
-
 class Alignment(nn.Module):
     """A small network from the transformer's picture tokens to CLIP's patches, and the loss between the two."""
 
@@ -121,12 +59,15 @@ class Alignment(nn.Module):
         width = transformer.inner_dim
         self.project = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, views.shape[-1]))
         self._views, self._seen = [views], []  # in lists: neither trains nor is kept in a checkpoint
-        transformer.transformer_blocks[-1].register_forward_hook(lambda block, given, made: self._seen.append(made[1]))
+        transformer.transformer_blocks[-1].register_forward_hook(self._see)
+
+    def _see(self, block: nn.Module, given: tuple, made: tuple[torch.Tensor, torch.Tensor]) -> None:
+        if torch.is_grad_enabled():  # a validation or a preview leaves nothing behind
+            self._seen.append(made[1])
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """One less the mean cosine of the tokens of the last forward pass and the patches of the batch's pictures."""
         tokens = self._seen.pop()
-        self._seen.clear()
         views = self._views[0][batch.mirrored.long(), batch.chosen].to(tokens.device).float()
         return 1 - torch.cosine_similarity(self.project(tokens).float(), views, dim=-1).mean()
 
@@ -328,12 +269,14 @@ def trained_base(job: Job, name: str = "base") -> FluxPipeline:
 def train_base(job: Job, distill: bool = False, compiled: bool = True) -> dict:
     """Trains transformer and T5 and writes work/base; with `distill`, goes on from there to work/base-guided."""
     name = "base-guided" if distill else "base"
-    training, validation = load_shards(*job.data).split()
+    shards = load_shards(*job.data)
+    training, validation = shards.split()
+    learnt = ~shards.of_validation
     pipeline = trained_base(job) if distill else _pipeline(job)
     folder = job.work / name
     with PartialState(cpu=True).main_process_first():
-        latents = cached_latents(pipeline.vae, training, job.work / "latents.safetensors")
-    unseen = encode_shards(pipeline.vae, validation)
+        everybody = Latents(**cached("latents", job, pipeline.vae.encoder.conv_in.weight, partial(encode_latents, pipeline.vae)))
+    latents, unseen = everybody.select(learnt), everybody.select(~learnt)
     denoiser = Denoiser(pipeline, job.model.max_sequence_length)
     config = job.training(learning_rate=1e-3 if distill else 4e-3, batch_size=32, anneal_from=0.3, warmup_steps=100, tasks_every=600.0)
     helper = None
@@ -343,8 +286,9 @@ def train_base(job: Job, distill: bool = False, compiled: bool = True) -> dict:
     else:
         torch.manual_seed(job.seed)
         initialise(pipeline.transformer)
+        clip = trained_clip(job).to(job.device)
         with PartialState(cpu=True).main_process_first():
-            views = cached_views(trained_clip(job).to(job.device), training, job.work / "views.safetensors")
+            views = cached("views", job, clip.vision_model.embeddings.patch_embedding.weight, partial(encode_patches, clip))["views"][:, learnt]
         helper = Alignment(pipeline.transformer, views).to(job.device)
         task = FlowTask(denoiser, helper, training, latents, config.batch_size)
     if compiled:

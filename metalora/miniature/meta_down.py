@@ -1,4 +1,4 @@
-"""`python -m metalora.miniature meta-down`: stage 1 on the rendered portrait world, a person's pictures encoded when they first come up.
+"""`python -m metalora.miniature meta-down`: stage 1 on the rendered portrait world.
 
 The stage itself is metalora.meta.meta_train, the same that `python -m metalora meta-train` runs on photos.
 """
@@ -9,7 +9,6 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,51 +18,58 @@ from metalora import cache
 from metalora.base import Base
 from metalora.config import overlay
 from metalora.face import FaceFinder
-from metalora.meta import Bucket, meta_train
+from metalora.meta import meta_train
 from metalora.miniature.captions import TRIGGER, caption
 from metalora.miniature.shards import Shards, load_shards
+from metalora.miniature.vae import to_floats
+from metalora.progress import Line
 from metalora.prompts import mirrored
 
 FACES = 4  # pictures of a person that are embedded for a predictor
 
 
-def people_of(shards: Shards, domain: str) -> dict[int, list[int]]:
-    """Numbers of the pictures of each person of one domain, by the person's seed, in order."""
-    pictures: dict[int, list[int]] = {}
-    for i, record in enumerate(shards.records):
-        if record["domain"] == domain:
-            pictures.setdefault(record["person"], []).append(i)
-    return dict(sorted(pictures.items()))
+class People:
+    """The people of one domain, in the order of their seeds, as stage 1 asks for them.
 
-
-def bucket_of_shards(base: Base, shards: Shards, domain: str, seed: int = 0) -> Bucket:
-    """A bucket source of the people of `people_of`: each picture also mirrored, captioned with "sks woman" in place of the looks.
-
-    What was encoded once is kept: latents and embeddings of the miniature are small.
+    A person's pictures, also mirrored, with "sks woman" in their captions in place of the looks, are encoded the first time
+    that they are asked for and kept: stage 1 visits some hundreds of people, a world may have thousands.
     """
-    people, encoded = list(people_of(shards, domain).items()), {}
 
-    def encode_new(subjects: Sequence[int]) -> None:
-        rows = [(number, i) for number, s in enumerate(subjects) for i in people[s][1]]
-        texts = [caption(shards.records[i]["attributes"], random.Random(f"{seed} {i}"), f"{TRIGGER} {domain}") for _, i in rows]
-        images = shards.images[[i for _, i in rows]].float() / 127.5 - 1  # (n, 3, size, size)
-        numbers = [number for number, _ in rows] * 2
-        together = cache.encode(base, torch.cat([images, images.flip(-1)]), [*texts, *map(mirrored, texts)], numbers)
-        encoded.update({s: together.select([number]) for number, s in enumerate(subjects)})
+    def __init__(self, base: Base, shards: Shards, domain: str, seed: int = 0):
+        self.base, self.shards, self.domain, self.seed = base, shards, domain, seed
+        pictures: dict[int, list[int]] = {}
+        for i, record in enumerate(shards.records):
+            if record["domain"] == domain:
+                pictures.setdefault(record["person"], []).append(i)
+        self.pictures = dict(sorted(pictures.items()))  # person → rows of the shards
+        self._encoded: dict[int, cache.TrainingSet] = {}
 
-    def bucket(subjects: Sequence[int]) -> cache.TrainingSet:
-        if new := [s for s in subjects if s not in encoded]:
-            encode_new(new)
-        return cache.join([encoded[s] for s in subjects])
+    def __len__(self) -> int:
+        return len(self.pictures)
 
-    return bucket
+    def bucket(self, numbers: Sequence[int]) -> cache.TrainingSet:
+        """The pictures of the people `numbers` of [0, n), renumbered 0, 1, …"""
+        people = list(self.pictures)
+        return cache.join([self._person(people[number]) for number in numbers])
 
+    def faces(self) -> list[torch.Tensor]:
+        """Embeddings (pictures, d) of everybody, of some pictures each, for a predictor."""
+        finder = FaceFinder(self.base.settings.face_pack, self.base.settings.det_size)
+        found = []
+        with Line() as line:
+            for number, rows in enumerate(self.pictures.values(), 1):
+                images = (Image.fromarray(self.shards.images[i].permute(1, 2, 0).numpy()) for i in rows[:FACES])
+                found.append(torch.from_numpy(finder.embed_all(images)))
+                line.show(number / len(self), f"faces of {number}/{len(self)} people")
+        return found
 
-def faces_of(base: Base, shards: Shards, domain: str) -> list[torch.Tensor]:
-    """Embeddings (pictures, d) of the people of `people_of`, of some pictures each."""
-    finder = FaceFinder(base.settings.face_pack, base.settings.det_size)
-    return [torch.from_numpy(finder.embed_all(Image.fromarray(shards.images[i].permute(1, 2, 0).numpy()) for i in pictures[:FACES]))
-            for pictures in people_of(shards, domain).values()]  # fmt: skip
+    def _person(self, person: int) -> cache.TrainingSet:
+        if person not in self._encoded:
+            rows, rng = self.pictures[person], random.Random(f"{self.seed} {person}")
+            texts = [caption(self.shards.records[i]["attributes"], rng, f"{TRIGGER} {self.domain}") for i in rows]
+            images = to_floats(self.shards.images[rows])  # (n, 3, size, size)
+            self._encoded[person] = cache.encode(self.base, torch.cat([images, images.flip(-1)]), [*texts, *map(mirrored, texts)])
+        return self._encoded[person]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,10 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     base = Base.open(arguments.base)
     config = overlay(base.settings.meta, arguments.config)
     training, _ = load_shards(*arguments.data).split()
-    subjects = len(people_of(training, arguments.domain))
-    run = meta_train(base, subjects, bucket_of_shards(base, training, arguments.domain), arguments.domain, config,
-                     name=f"{base.name}/{arguments.domain}", folder=arguments.work,
-                     faces=partial(faces_of, base, training, arguments.domain))
+    people = People(base, training, arguments.domain)
+    run = meta_train(base, len(people), people.bucket, arguments.domain, config,
+                     name=f"{base.name}/{arguments.domain}", folder=arguments.work, faces=people.faces)
     smooth, shown = None, 0.0
     while True:
         try:

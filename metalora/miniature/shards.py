@@ -49,16 +49,21 @@ class Shards:
         keep = mask.nonzero().flatten()
         return Shards(self.images[keep], [self.records[i] for i in keep.tolist()])
 
+    @property
+    def of_validation(self) -> torch.Tensor:
+        """Which pictures are of people who are kept out of training, (n,) bool."""
+        persons = self.persons
+        return (persons >= HELD_OUT) | (persons % VALIDATION_EVERY == VALIDATION_EVERY - 1)
+
     def split(self) -> tuple["Shards", "Shards"]:
         """Training and validation pictures; no person is in both, and held-out people are never in the first.
 
         Raises:
             MetaLoraError: one of the two would be empty.
         """
-        persons = self.persons
-        validation = (persons >= HELD_OUT) | (persons % VALIDATION_EVERY == VALIDATION_EVERY - 1)
+        validation = self.of_validation
         if validation.all() or not validation.any():
-            raise MetaLoraError(f"{persons.unique().numel()} people are too few to train and validate on; render people "
+            raise MetaLoraError(f"{self.persons.unique().numel()} people are too few to train and validate on; render people "
                              f"0:{2 * VALIDATION_EVERY} or more")
         return self.select(~validation), self.select(validation)
 
