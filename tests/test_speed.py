@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from metalora import drawing, growth, speed, standin
+from metalora.adapter import attach_plain, trainable
+from metalora.config import FlowConfig
 from metalora.generate import render, use_people
 from metalora.standin import Case
+from metalora.train import fit, optimizer
 
 from .conftest import state_hash
 
@@ -27,6 +30,26 @@ def test_all_ways_train_the_same_thing_and_leave_nothing_behind(base):
     work = {row["way"]: row["tera-operations a step"] for row in found}
     assert all(work[f"{way}, checkpointing"] > work[way] for way in ways if f"{way}, checkpointing" in work)
     assert all(0 < row["share of roofline"] < 1 for row in found)
+
+
+def test_an_ordinary_lora_learns_along_the_same_curve_as_peft_s(base):
+    """Same start, same draws, same optimizer: our layers, loop and gradients against PEFT's, step by step."""
+    case, steps = Case(base.settings.train_resolution, 5, batch=2), 12
+    data = standin.random_pictures(base, case)
+    shape = replace(base.settings.adapter, rank=speed.PEER_RANK)
+    with attach_plain(base.transformer, shape, torch.Generator().manual_seed(3)) as adapter:
+        start = adapter.down_tensors()
+        ours = list(fit(
+            base, adapter, data, [optimizer(list(trainable(adapter)), 1e-4, weight_decay=0.01)], steps=steps, batch_size=case.batch,
+            generator=torch.Generator().manual_seed(1), flow_config=FlowConfig(), max_grad_norm=1.0,
+        ))  # fmt: skip
+    with speed.peft_lora(base, data, case, False) as losses:
+        for name, down in start.items():
+            base.transformer.get_submodule(f"{name}.lora_A.peer").weight.data.copy_(down)
+        theirs = [next(losses) for _ in range(steps)]
+        losses.close()
+    assert ours[:2] == pytest.approx(theirs[:2], rel=1e-5)
+    assert ours == pytest.approx(theirs, rel=1e-3)  # of gradients that are nothing but rounding Adam makes steps as of any other
 
 
 def test_blocks_are_compiled_whole_and_once_for_all_people(base):
