@@ -132,7 +132,7 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[
         times = []
         for _ in range(steps):
             begin = time.perf_counter()
-            next(losses)  # it reads the loss, so the device has done its work
+            next(losses)  # it reads a loss, on a GPU that of the step before: the device is never further ahead than one step
             times.append(1000 * (time.perf_counter() - begin))
         losses.close()
     found = {"first loss": first, "s to the first step": to_first, "tera-operations a step": counter.get_total_flops() / 1e12, "MiB kept for the way back": sum(kept.values()) / 2**20}

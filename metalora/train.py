@@ -55,7 +55,6 @@ class Clock:
         speed = (self.done - self._before) / max(time.perf_counter() - self._start, 1e-9)
         return StepReport(self.done, self.steps, loss, speed, (self.steps - self.done) / speed, preview, validation)
 
-
     def skip(self, steps: int) -> None:
         """Count steps that were done in an earlier run; they say nothing about the speed."""
         self.done, self._before = self.done + steps, self._before + steps
@@ -112,7 +111,7 @@ def flow_loss(base: Base, data: TrainingSet, rows: Tensor, generator: torch.Gene
     draws = torch.randn(shape, generator=generator), flow.sample_sigmas(len(rows), generator, config)
     whole = rows
     rows = share.of(rows)
-    spread, noise, sigma = (share.of(t).to(data.mean.device) for t in (*draws[0], draws[1]))  # two (batch, tokens, channels), one (batch,)
+    spread, noise, sigma = (_sent(share.of(t), data.mean.device) for t in (*draws[0], draws[1]))  # two (batch, tokens, channels), one (batch,)
     x = data.mean[rows] + data.std[rows] * spread
     noisy = flow.interpolate(x, noise, sigma).to(base.dtype)
     predicted = base.velocity(noisy, sigma, data.text.rows(data.caption[rows]), data.image_ids, base.settings.train_guidance)
@@ -136,8 +135,12 @@ def fit(
     rate: Callable[[int], float] = lambda step: 1.0,
     share: Share = Share(),
     more: Callable[[int], Tensor] | None = None,
+    late: bool | None = None,
 ) -> Iterator[float]:
     """Train the adapter's open factors for `steps` steps and yield the loss of each.
+
+    Where it is `late`, as on a GPU, what comes from the second step on is the loss of the step before: it is read when the next
+    step has been sent off already, so that the device never waits for it.
 
     `rate` multiplies every optimiser's own learning rate. Every draw comes from `generator`, which lives on the CPU.
     With a `share` every process works on its rows of each batch, and gradients are summed: all take the same steps.
@@ -147,52 +150,68 @@ def fit(
     parameters = list(trainable(adapter))
     full = [group["lr"] for o in optimizers for group in o.param_groups]
     batches = draw_rows(data, batch_size, generator)
+    late, unread = base.device.type == "cuda" if late is None else late, None
     try:
         for step in range(steps):
-            rows = next(batches).to(data.subject.device)
+            rows = _sent(next(batches), data.subject.device)
             adapter.use_rows(share.of(data.subject[rows]) if adapter.count > 1 else None)
             value = _gradients(base, adapter, data, rows, generator, flow_config, share, more and partial(more, step))
             if share.world > 1:
                 value = sum_over_processes(parameters, value)
-            if not math.isfinite(value):
-                raise MetaLoraError("The training went astray (the loss is not a number); lower the learning rate and start again.")
+            loss = None if late else _read(value)
             nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             for group, lr in zip((g for o in optimizers for g in o.param_groups), full):
                 group["lr"] = lr * rate(step)
             for o in optimizers:
                 o.step()
                 o.zero_grad()
-            yield value
+            yield _read(value if unread is None else unread) if loss is None else loss
+            unread = value
+        if late and unread is not None:
+            _read(unread)
     finally:
         adapter.use_rows(None)
         for group, lr in zip((g for o in optimizers for g in o.param_groups), full):
             group["lr"] = lr
 
 
-def sum_over_processes(parameters: Sequence[nn.Parameter], loss: float = 0.0) -> float:
-    """Sum the gradients, in place, and the loss, which is returned; in one message."""
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; a GPU is not waited for, which it would be for memory that the system may move."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _read(loss: Tensor) -> float:
+    """The loss as a number. MetaLoraError where it is none."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise MetaLoraError("The training went astray (the loss is not a number); lower the learning rate and start again.")
+    return value
+
+
+def sum_over_processes(parameters: Sequence[nn.Parameter], loss: Tensor | None = None) -> Tensor:
+    """Sum the gradients, in place, and the loss (), which is returned; in one message."""
     gradients = [p.grad for p in parameters]
-    flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([loss])])
+    flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_zeros(1) if loss is None else loss.to(gradients[0]).view(1)])
     dist.all_reduce(flat)
     *parts, total = flat.split([*(g.numel() for g in gradients), 1])
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
-    return total.item()
+    return total[0]
 
 
 def _gradients(
     base: Base, adapter: Adapter, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share,
     more: Callable[[], Tensor] | None = None,
-) -> float:  # fmt: skip
-    """The loss of one step, its gradients left with the parameters; a step that the memory does not do for is done again."""
+) -> Tensor:  # fmt: skip
+    """The loss () of one step, its gradients left with the parameters; a step that the memory does not do for is done again."""
     start = generator.get_state()
 
-    def step() -> float:
-        total = 0.0
+    def step() -> Tensor:
+        total = torch.zeros((), device=base.device)
         with _repeatable(base.device):
             for part in filter(None, (partial(flow_loss, base, data, rows, generator, config, share), more)):
                 loss = part()
                 loss.backward()  # one after the other, so that only one's activations are kept
-                total += loss.item()
+                total += loss.detach()
         return total
 
     def again() -> None:

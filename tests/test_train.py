@@ -143,6 +143,22 @@ def test_a_loss_that_is_no_number_is_a_sentence(base, photo, meta_down):
                  generator=torch.Generator(), flow_config=FlowConfig(), max_grad_norm=1.0))  # fmt: skip
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_losses_that_are_read_late_are_the_same_losses(base, photo, meta_down, steps):
+    def losses(late, data=photo):
+        with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter:
+            adapter.start(torch.Generator().manual_seed(0))
+            found = list(fit(base, adapter, data, [optimizer(adapter.heads(), 0.05)], steps=steps, batch_size=2, late=late,
+                             generator=torch.Generator().manual_seed(1), flow_config=FlowConfig(), max_grad_norm=1.0))  # fmt: skip
+            return found, adapter.factors()
+
+    (now, learnt), (late, same) = losses(False), losses(True)
+    assert late == [now[0], *now[:-1]]
+    assert all(torch.equal(a, b) for name in learnt for a, b in zip(learnt[name], same[name]))
+    with pytest.raises(MetaLoraError, match="astray"):
+        losses(True, replace(photo, mean=photo.mean * float("nan")))
+
+
 def test_reports_count_up_and_time_runs_out():
     clock = Clock(3)
     reports = [clock.tick(0.5) for _ in range(3)]
