@@ -74,10 +74,16 @@ def read_parts(work: Path) -> Parts:
                             f"{missing[0]}` to its end first.")
     figures = {name: read_figures(work / name) for name in needed}
     base = "base-guided" if "base-guided" in more else "base"
-    others = [name for name in ("vae", "clip", "base") if _config(figures[name]) != _config(figures[base])]
+    others = [name for name in figures if any(figures[name]["model"][size] != figures[base]["model"][size] for size in _sizes(name, figures[base]))]
     if others:
         raise MetaLoraError(f"{', '.join(others)} in {work} was trained at other sizes than {base}; train it again with the same --config.")
     return Parts(work, base, figures)
+
+
+def _sizes(name: str, figures: dict[str, Any]) -> list[str]:
+    """The sizes of the miniature that a training has to share with the base's."""
+    own = {"vae": ("vae_", "latent_"), DECODER: ("vae_", "latent_"), "clip": ("clip_",), "base": ("",), "base-guided": ("",)}
+    return [size for size in figures["model"] if size == "size" or size.startswith(own.get(name, ("-",)))]
 
 
 def _config(figures: dict[str, Any]) -> MiniatureConfig:
