@@ -160,7 +160,8 @@ class Blank:
 
 
 @pytest.mark.parametrize("embeddings, found, auc", [
-    ([[0], [0.1], [5], [5.1]], 1.0, 1.0), ([[0], [5], [0.1], [5.1]], 1.0, 0.25), ([[0], [0], [0], [0]], 1.0, 0.5), ([[0], [0.1], [5], None], 0.75, 1.0)])
+    ([[0], [0.1], [5], [5.1]], 1.0, 1.0), ([[0], [5], [0.1], [5.1]], 1.0, 0.25), ([[0], [0], [0], [0]], 1.0, 0.5),
+    ([[0], [0.1], [5], None], 0.75, 1.0)])
 def test_what_recognises_people_is_told_from_what_does_not(monkeypatch, embeddings: list, found: float, auc: float):
     monkeypatch.setattr(world_check, "PhotoTools", lambda: Blank([e and np.array(e, float) for e in embeddings]))
     monkeypatch.setattr(world_check, "render", lambda pairs, size: (torch.zeros(len(pairs), 3, size, size, dtype=torch.uint8),))
