@@ -272,7 +272,8 @@ def albedo(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor, tu
         elif material == EYE:
             colour[chosen], s.normal[chosen], glow[chosen] = eyes(part, p, centres, gaze, up)
         elif material == TEETH:
-            colour[chosen] = torch.tensor([0.72, 0.68, 0.60], device=colour.device) * step(-0.06, -0.105, part.position[:, 1])[:, None]
+            s.occlusion[chosen] = part.occlusion.clamp(min=0.8)
+            colour[chosen] = torch.tensor([0.80, 0.76, 0.68], device=colour.device) * (step(-0.07, -0.10, part.place[:, 1]) * step(0.022, 0.014, part.place[:, 0].abs()))[:, None]
         elif material == HAIR:
             colour[chosen], s.normal[chosen], s.masks[chosen] = hair(part, p, turn)
             gloss[chosen] = 0.16
@@ -297,6 +298,7 @@ def illuminate(s: Surface, p: Palette, colour: Tensor, gloss: Tensor, glow: Tens
     wrap = soft * torch.tensor([0.32, 0.18, 0.12], device=colour.device)
     diffuse = ((facing + wrap) / (1 + wrap)).clamp(min=0)
     lit = s.lit + (1 - s.lit) * soft * torch.tensor([0.10, 0.04, 0.03], device=colour.device)
+    lit = torch.where((s.material == TEETH)[:, None], lit.clamp(min=0.75), lit)  # a coarse shadow map would leave mouths without teeth
     # From all around: the sky above and the ground below, more of it from the camera's side, so that no face drowns in shade.
     upward = (s.normal[:, 2:] * 0.5 + 0.5)
     fill = (0.5 - 0.5 * s.normal[:, 1:2]) ** 1.5
