@@ -19,7 +19,8 @@ from metalora.base import Base
 from metalora.errors import MetaLoraError
 from metalora.generate import GenerateConfig, generate
 from metalora.miniature.attributes import HEADS, NAME, Classifier, label, trained_classifier
-from metalora.miniature.captions import AGES, ANY_STYLE, BACKGROUNDS, BEARDS, EXPRESSIONS, HAIR_COLOURS, HAIR_WORDS, HATS, OPENINGS, SKINS, TOPS, TURNS, caption
+from metalora.miniature.captions import AGES, ANY_STYLE, BACKGROUNDS, BEARDS, CLOTH_COLOURS, EXPRESSIONS, HAIR_COLOURS, HAIR_WORDS, HATS, OPENINGS
+from metalora.miniature.captions import SKINS, TOPS, TURNS, caption
 from metalora.miniature.people import HELD_OUT, person, scene
 from metalora.miniature.pipeline import MiniatureConfig
 from metalora.miniature.render import render
@@ -30,7 +31,7 @@ Check = dict[str, dict[str, float]]
 
 
 def named(text: str) -> dict[str, str]:
-    """The attributes that a caption or a prompt names: the inverse of `captions.caption`."""
+    """The attributes that a caption or a prompt names: the inverse of `captions.caption`. Words that captions do not use name nothing."""
     opening, *parts = text.split(", ")
     found = {"style": style for style, phrases in OPENINGS.items() for phrase in phrases if opening.startswith(f"{phrase} ")}
     said = [phrase for phrases in (*OPENINGS.values(), ANY_STYLE) for phrase in phrases if opening.startswith(f"{phrase} ")]
@@ -39,8 +40,9 @@ def named(text: str) -> dict[str, str]:
         for attribute, words in (("background", BACKGROUNDS), ("expression", EXPRESSIONS)):
             found |= {attribute: value for value, phrases in words.items() if part in phrases}
         found |= {"turn": value for value, phrase in TURNS.items() if part == phrase}
-        if part.split()[0] in ("wearing", "in") and not any(part in phrases for phrases in BACKGROUNDS.values()):
-            for thing in part.split(maxsplit=1)[1].split(" and "):
+        verb, _, things = part.partition(" ")
+        if verb in ("wearing", "in") and not any(part in phrases for phrases in BACKGROUNDS.values()):
+            for thing in things.split(" and "):
                 found |= _thing(thing)
     return found
 
@@ -60,12 +62,10 @@ def _subject(words: list[str]) -> dict[str, str]:
 def _thing(thing: str) -> dict[str, str]:
     if thing == "glasses":
         return {"glasses": "glasses"}
-    words = thing.split(maxsplit=1)[1]  # without its article
     for attribute, names in (("hat", HATS), ("top", TOPS)):
         for value, name in sorted(names.items(), key=lambda item: -len(item[1])):
-            if words == name or words.endswith(f" {name}"):
-                colour = words.removesuffix(name).strip()
-                return {attribute: value} | ({f"{attribute}_colour": colour} if colour else {})
+            if f" {thing}".endswith(f" {name}"):
+                return {attribute: value} | {f"{attribute}_colour": colour for colour in CLOTH_COLOURS if colour in thing.removesuffix(name).split()}
     return {}
 
 
@@ -142,7 +142,11 @@ def main(arguments: list[str]) -> None:
     if given.evaluation:
         found = check_evaluation(classifier, given.evaluation, config.size)
     else:
-        found = check_base(classifier, Base.open(given.base), given.pictures, given.guidance, given.seed)
+        base = Base.open(given.base)
+        if base.settings.resolution != config.size:
+            raise MetaLoraError(f"{given.base} draws at {base.settings.resolution} px and the classifier in {given.work} reads {config.size} px; "
+                                f"train one on pictures rendered with --size {base.settings.resolution}.")
+        found = check_base(classifier, base, given.pictures, given.guidance, given.seed)
     print("\n".join(_table(found)))
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,0 +1,189 @@
+"""What judges the portrait world and the pictures drawn of it: the attribute classifier, attribute-check, world-check, sheet."""
+
+from __future__ import annotations
+
+import metalora  # noqa: F401  before torch: it sets how threads wait
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from metalora.errors import MetaLoraError
+from metalora.miniature import attribute_check, attributes, world_check
+from metalora.miniature.__main__ import main
+from metalora.miniature.attributes import HEADS, NONE, UNSEEN, AttributeTask, Classifier, label, labels, train_attributes
+from metalora.miniature.people import person, scene
+from metalora.miniature.render import render
+from metalora.miniature.shards import Shards
+from metalora.miniature.training import Job, write_result
+from tests.conftest import TINY
+
+SIZE = 32
+TOY = dataclasses.replace(TINY, size=SIZE)
+
+
+def world(people: list[int], scenes: int) -> Shards:
+    """Plain pictures, red of women and blue of men, with true records."""
+    views = [(person(p), scene(person(p), s)) for p in people for s in range(scenes)]
+    images = torch.full((len(views), 3, SIZE, SIZE), 40, dtype=torch.uint8)
+    for image, (who, _) in zip(images, views, strict=True):
+        image[0 if who.sex == "woman" else 2] = 220
+    return Shards(images, [{"person": who.seed, "domain": who.sex, "box": [0, 0, 1, 1], "keypoints": [[0, 0]] * 5, "attributes": view.attributes}
+                           for who, view in views])
+
+
+# The classifier
+
+
+@given(st.integers(0, 2_000_000), st.integers(0, 10_000))
+@settings(max_examples=100, deadline=None)
+def test_a_class_says_what_the_record_says(seed: int, number: int):
+    record = scene(person(seed), number).attributes
+    for head, classes in HEADS.items():
+        found = label(record, head)
+        shown = classes[found] if found != UNSEEN else None
+        if head == "glasses":
+            assert shown == ("glasses" if record[head] else NONE)
+        else:
+            assert shown == (record[head] or (NONE if head in attributes.WORN else None))
+
+
+def test_in_a_mirror_only_the_turn_changes():
+    shards = world([0, 1, 2, 3], 6)
+    straight, mirrored = labels(shards)
+    turn = list(HEADS).index("turn")
+    names = [[HEADS["turn"][k] for k in each[:, turn]] for each in (straight, mirrored)]
+    assert {*zip(*names, strict=True)} == {(NONE, NONE), ("left", "right"), ("right", "left")}
+    assert torch.equal(straight[:, :turn], mirrored[:, :turn]) and torch.equal(straight[:, turn + 1 :], mirrored[:, turn + 1 :])
+
+
+def test_what_no_picture_shows_is_not_learnt():
+    shards = world(list(range(12)), 8)
+    grey = [k for k, record in enumerate(shards.records) if record["attributes"]["style"] in ("pencil", "bw")]
+    shards = shards.select(torch.isin(torch.arange(len(shards)), torch.tensor(grey)))
+    torch.manual_seed(0)
+    classifier = Classifier(SIZE)
+    loss = AttributeTask(classifier, shards, labels(shards), 8).loss(torch.Generator().manual_seed(0))
+    loss.backward()
+    of = dict(zip(HEADS, classifier.heads.bias.grad.split([len(classes) for classes in HEADS.values()]), strict=True))
+    assert loss.isfinite() and all(not of[head].any() for head in ("skin", "hair_colour", "hat_colour", "top_colour"))
+    assert all(of[head].any() for head in ("sex", "style", "top"))
+
+
+def test_the_classifier_learns_what_can_be_seen_and_comes_back_as_trained(tmp_path: Path, monkeypatch):
+    shards = world([*range(8), 24, 49], 4)
+    monkeypatch.setattr(attributes, "load_shards", lambda *folders: shards)
+    job = Job(data=(tmp_path,), work=tmp_path, minutes=1, steps=40, batch_size=16, model=TOY)
+    figures = train_attributes(job)
+    assert figures["right"]["sex"] == 1.0 and figures["right"].keys() == HEADS.keys()
+    assert figures["mean_right"] == pytest.approx(sum(figures["right"].values()) / len(HEADS), abs=1e-4)
+    found = attributes.trained_classifier(job).read_off(shards.images)
+    assert torch.equal(found[:, 0], labels(shards)[0][:, 0])
+
+
+# attribute-check
+
+
+@pytest.mark.parametrize("text, asked", [
+    ("a photo of a woman, in blue", {}), ("a photo of a woman, wearing jeans", {}), ("a photo of a woman, ", {}), ("a photo of a woman, in", {}),
+    ("a photo of a woman, wearing a turquoise t-shirt", {"top": "t-shirt"}), ("a photo of a woman, wearing a sweatshirt", {}),
+    ("a photo of a woman, in a green striped shirt and a red cap", {"top": "striped", "top_colour": "green", "hat": "cap", "hat_colour": "red"})])
+def test_words_that_captions_do_not_use_name_nothing(text: str, asked: dict[str, str]):
+    found = attribute_check.named(text)
+    assert found == {"style": "photo", "sex": "woman"} | asked
+    assert all(label(found, head) != UNSEEN for head in found)
+
+
+class Reader:
+    """Reads the record whose number is a picture's first pixel."""
+
+    def __init__(self, records: list[dict]):
+        self.classes = torch.tensor([[label(record, head) for head in HEADS] for record in records])
+
+    def read_off(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classes[images[:, 0, 0, 0].long()]
+
+
+RECORD = {**dict.fromkeys(HEADS), "sex": "woman", "style": "photo", "hat": "cap", "hat_colour": "red", "background": "park"}
+RECORDS = [RECORD, RECORD | {"hat": None, "hat_colour": None}]
+
+
+def test_shares_and_their_intervals():
+    images = torch.tensor([0] * 8 + [1] * 2, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    found = attribute_check.agreement(Reader(RECORDS), images, ["a photo of a woman, in a red cap, in a park"] * 10)
+    assert found.keys() == {"sex", "style", "hat", "hat_colour", "background", "all"}
+    assert found["hat"] == {"asked": 10, "found": 0.8, "low": 0.4902, "high": 0.9433}  # Wilson's interval of 8 of 10, as tables have it
+    assert found["background"]["found"] == 1.0 and found["all"] == found["all"] | {"asked": 50, "found": 0.92}
+
+
+def test_the_pictures_of_an_evaluation_are_read_method_by_method(tmp_path: Path):
+    for method, number in (("good", 0), ("bad", 1)):
+        (tmp_path / method).mkdir()
+        Image.new("RGB", (8, 8), (number,) * 3).save(tmp_path / method / "0.png")
+        row = {"method": method, "domain": "woman", "prompt": "a photo of {person}, in a red cap"}
+        rows = [row | {"picture": f"{method}/0.png"}, row | {"picture": None, "failed": "no face"}]
+        (tmp_path / method / "someone.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    found = attribute_check.check_evaluation(Reader(RECORDS), tmp_path, SIZE)
+    assert {method: (each["hat"]["asked"], each["hat"]["found"]) for method, each in found.items()} == {"good": (1, 1.0), "bad": (1, 0.0)}
+    with pytest.raises(MetaLoraError, match="no pictures of an evaluation"):
+        attribute_check.check_evaluation(Reader(RECORDS), tmp_path / "good", SIZE)
+
+
+def test_a_classifier_of_another_size_than_the_base_is_refused(tmp_path: Path, capsys, monkeypatch):
+    class Other:
+        settings = type("Settings", (), {"resolution": 2 * SIZE})
+
+    monkeypatch.setattr(attribute_check.Base, "open", lambda name: Other)
+    write_result(tmp_path / attributes.NAME, Classifier(SIZE), {"model": dataclasses.asdict(TOY)})
+    assert main(["attribute-check", "--work", str(tmp_path)]) == 2
+    assert f"draws at {2 * SIZE} px" in capsys.readouterr().err
+
+
+# world-check and sheet
+
+
+class Blank:
+    """As the tools, with an embedding that is told: of picture k."""
+
+    def __init__(self, embeddings: list[np.ndarray | None]):
+        self.left = list(embeddings)
+
+    def embed(self, picture: np.ndarray) -> np.ndarray | None:
+        return self.left.pop(0)
+
+
+@pytest.mark.parametrize("embeddings, found, auc", [
+    ([[0], [0.1], [5], [5.1]], 1.0, 1.0), ([[0], [5], [0.1], [5.1]], 1.0, 0.25), ([[0], [0], [0], [0]], 1.0, 0.5),
+    ([[0], [0.1], [5], None], 0.75, 1.0)])
+def test_what_recognises_people_is_told_from_what_does_not(monkeypatch, embeddings: list, found: float, auc: float):
+    monkeypatch.setattr(world_check, "PhotoTools", lambda: Blank([e and np.array(e, float) for e in embeddings]))
+    monkeypatch.setattr(world_check, "render", lambda pairs, size: (torch.zeros(len(pairs), 3, size, size, dtype=torch.uint8),))
+    figures = world_check.check(range(2), 2, SIZE)
+    assert (figures["found"], figures["auc"]) == (found, auc) and figures["pictures"] == 4
+
+
+def test_a_world_check_changes_what_people_usually_wear():
+    drawn = [world_check.shuffled(person(seed), k) for seed in range(40) for k in range(3)]
+    assert {view.style for _, view in drawn} == {"photo"}
+    assert sum(view.hair == who.hair for who, view in drawn) < 60  # of 120; two in three of a person's own scenes have the hair
+
+
+def test_a_world_check_without_its_packages_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "dlib", None)
+    assert main(["world-check", "--people", "0:1"]) == 2
+    assert "pip install --no-deps facenet-pytorch" in capsys.readouterr().err
+
+
+def test_a_sheet_has_a_row_for_each_person(tmp_path: Path):
+    main(["sheet", "--output", str(tmp_path / "s.png"), "--people", "3:5", "--scenes", "3", "--size", str(SIZE)])
+    sheet = Image.open(tmp_path / "s.png")
+    assert sheet.size == (3 * SIZE, 2 * SIZE)
+    second = render([(person(4), scene(person(4), k)) for k in range(3)], SIZE)[0]
+    assert np.array_equal(np.asarray(sheet.crop((SIZE, SIZE, 2 * SIZE, 2 * SIZE))), second[1].permute(1, 2, 0))
