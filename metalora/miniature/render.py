@@ -22,11 +22,11 @@ EXPRESSIONS = {
     "neutral": dict(mouthSmileLeft=0.12, mouthSmileRight=0.12, eyeWideLeft=0.3, eyeWideRight=0.3),
     "smile": dict(eyeWideLeft=0.25, eyeWideRight=0.25, mouthSmileLeft=0.9, mouthSmileRight=0.9, cheekSquintLeft=0.4, cheekSquintRight=0.4),
     "laugh": dict(eyeWideLeft=0.2, eyeWideRight=0.2, mouthSmileLeft=1.0, mouthSmileRight=1.0, jawOpen=0.42, cheekSquintLeft=0.7, cheekSquintRight=0.7,
-                  eyeSquintLeft=0.5, eyeSquintRight=0.5, mouthUpperUpLeft=0.75, mouthUpperUpRight=0.75),
+                  eyeSquintLeft=0.5, eyeSquintRight=0.5, mouthUpperUpLeft=0.55, mouthUpperUpRight=0.55),
     "surprised": dict(jawOpen=0.45, browInnerUp=0.8, browOuterUpLeft=0.8, browOuterUpRight=0.8, eyeWideLeft=0.7, eyeWideRight=0.7),
-    "angry": dict(browDownLeft=1.7, browDownRight=1.7, eyeSquintLeft=0.4, eyeSquintRight=0.4, noseSneerLeft=0.7,
-                  noseSneerRight=0.7, mouthPressLeft=0.6, mouthPressRight=0.6, mouthFrownLeft=0.5, mouthFrownRight=0.5),
-    "sad": dict(eyeWideLeft=0.2, eyeWideRight=0.2, browInnerUp=1.3, mouthFrownLeft=1.1, mouthFrownRight=1.1, eyeSquintLeft=0.15, eyeSquintRight=0.15)}
+    "angry": dict(browDownLeft=1.4, browDownRight=1.4, eyeSquintLeft=0.3, eyeSquintRight=0.3, noseSneerLeft=0.45,
+                  noseSneerRight=0.45, mouthPressLeft=0.5, mouthPressRight=0.5, mouthFrownLeft=0.4, mouthFrownRight=0.4),
+    "sad": dict(eyeWideLeft=0.2, eyeWideRight=0.2, browInnerUp=1.1, mouthFrownLeft=0.9, mouthFrownRight=0.9, eyeSquintLeft=0.15, eyeSquintRight=0.15)}
 PIVOT, CAMERA_DISTANCE, TARGET, HALF_FRAME = (0.0, -0.02, 0.615), 1.25, (0.0, -0.05, 0.663), 0.168
 SUPERSAMPLE, SHADOW_SIZE, SHADOW_REACH = 2, 128, 0.22
 # Template places of the five landmarks that recognisers align by: eyes and mouth corners as seen from the front.
