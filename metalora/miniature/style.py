@@ -65,10 +65,10 @@ def pencil(picture: Tensor, subject: Tensor, seeds: list[int]) -> Tensor:
     x, y = _grid(picture)
     wobble = 1.3 * _blur(noise, 5 * unit) * unit * 5
     hatch = sum(((tone - level).clamp(min=0) * 1.5) * (0.5 + 0.5 * torch.sin((x * math.cos(a) + y * math.sin(a)) * pitch + wobble))
-                for a, level, pitch in ((0.75, 0.10, 2.3), (2.2, 0.38, 2.1), (1.45, 0.60, 2.5)))
-    graphite = 0.42 * tone + 0.42 * hatch + 0.75 * lines * (0.5 + 0.5 * subject)
-    tooth = 1 + 0.16 * noise  # graphite stays on the heights of the paper
-    value = 0.965 + 0.008 * noise - 0.82 * (graphite * tooth).clamp(0, 1)
+                for a, level, pitch in ((0.75, 0.10, 1.25), (2.2, 0.38, 1.15), (1.45, 0.60, 1.35)))
+    graphite = 0.52 * tone + 0.26 * hatch + 0.75 * lines * (0.5 + 0.5 * subject)
+    tooth = 1 + 0.05 * noise  # graphite stays on the heights of the paper
+    value = 0.965 + 0.004 * noise - 0.82 * (graphite * tooth).clamp(0, 1)
     paper = torch.tensor([1.0, 0.992, 0.975], device=picture.device).view(1, 3, 1, 1)
     return (value * paper).clamp(0, 1)
 
