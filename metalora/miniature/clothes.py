@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metalora.miniature.head import load_head, vertex_normals
-from metalora.miniature.props import Prop
+from metalora.miniature.props import Prop, grid_triangles
 
 NECK_AXIS = -0.028  # y of the neck's middle
 THICKNESS = {"t-shirt": 0.003, "striped": 0.003, "v-neck": 0.005, "turtleneck": 0.006, "suit": 0.007, "shirt": 0.004}
@@ -53,10 +53,8 @@ def _front(x: np.ndarray, z: np.ndarray) -> np.ndarray:
 def _sheet(points: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A grid (rows along, columns across, 3) as points, triangles and coordinate."""
     rows, columns, _ = points.shape
-    index = np.arange(rows * columns).reshape(rows, columns)
-    a, b, c, d = (part.ravel() for part in (index[:-1, :-1], index[1:, :-1], index[1:, 1:], index[:-1, 1:]))
     across = np.broadcast_to(kind + np.linspace(0.03, 0.97, columns), (rows, columns))
-    return points.reshape(-1, 3), np.concatenate([np.stack([a, b, c], 1), np.stack([a, c, d], 1)]), across.ravel()
+    return points.reshape(-1, 3), grid_triangles(rows, columns), across.ravel()
 
 
 def _round(angle: np.ndarray, radius: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -105,7 +103,7 @@ def _tie() -> list:
 
 
 @lru_cache(maxsize=16)
-def pieces(top: str, device: str) -> Prop | None:
+def pieces(top: str) -> Prop | None:
     """What of a garment stands off the body, if anything does."""
     sheets = {"turtleneck": _roll, "shirt": lambda: _collar(24, 10), "suit": lambda: _collar(5, 13, 0.72) + _lapels() + _tie()}.get(top)
     if sheets is None:
@@ -117,5 +115,4 @@ def pieces(top: str, device: str) -> Prop | None:
     skin = head.vertices_of("skin")
     skin = skin[head.template[skin, 2] < 0.585]
     anchors = skin[torch.cdist(points, head.template[skin]).topk(4, largest=False).indices]
-    parts = points, torch.from_numpy(triangles), anchors, torch.from_numpy(np.concatenate(across)).float(), torch.zeros(len(points), 4)
-    return Prop(*(part.to(device) for part in parts))
+    return Prop(points, torch.from_numpy(triangles), anchors, torch.from_numpy(np.concatenate(across)).float(), torch.zeros(len(points), 4))

@@ -1,6 +1,6 @@
 """What is worn on the head: geometry that is made once on the template and moves with it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -21,6 +21,10 @@ class Prop:
     anchors: Tensor  # (p, 4) vertex indices of the head model
     shade: Tensor  # (p,) along a strand from root 0 to tip 1, or any coordinate that the shader wants
     grain: Tensor  # (p, 4) direction of a strand, on the template, and its tone in 0..1; zero for what is no hair
+
+    def to(self, device: torch.device) -> "Prop":
+        """The same on a device."""
+        return self if device.type == "cpu" else Prop(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def on(self, displacement: Tensor) -> Tensor:
         """Positions (p, 3) on a head whose vertices have moved from the template by `displacement` (v, 3)."""

@@ -56,6 +56,7 @@ class Stage:
         for k, (who, view) in enumerate(pairs):
             pieces = [(rest[k], head.template, base, kind, head.head_weight, head.occlusion, head.masks, plain.expand(len(rest[k])))]
             for prop, material in self._props(who, view):
+                prop = prop.to(self.device)
                 n = len(prop.points)
                 weight = self._weight(prop, material)
                 pieces.append((prop.on(rest[k] - head.template), prop.points, prop.triangles, torch.full((len(prop.triangles),), material, device=self.device),
@@ -94,7 +95,7 @@ class Stage:
             yield headwear.glasses(view.glasses), shade.GLASSES
         if view.hat:
             yield headwear.hat(view.hat), shade.HAT
-        if (pieces := clothes.pieces(view.top, str(self.device))) is not None:
+        if (pieces := clothes.pieces(view.top)) is not None:
             yield pieces, shade.CLOTH
 
     def _weight(self, prop: Prop, material: int) -> Tensor:
