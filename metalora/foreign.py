@@ -99,7 +99,9 @@ def place(layers: Mapping[str, Layer], targets: Mapping[str, tuple[int, int]]) -
                 found.by_order.append(own)
         else:
             width = f"{key[0]} to {key[1]}" if key[1] else f"{key[0]}"
-            found.left_out.append(f"{len(alike)} layers {width} wide, such as {alike[0]}: the base has {len(places)} of these widths left, so which is which is not known")
+            found.left_out.append(
+                f"{len(alike)} layers {width} wide, such as {alike[0]}: the base has {len(places)} of these widths left, so which is which is not known"
+            )
     found.empty = list(free)
     return found
 

@@ -20,7 +20,8 @@ from metalora.miniature.pipeline import MiniatureConfig
 from metalora.miniature.training import Job
 
 TRAININGS = {"vae": ("vae", "train_vae"), "vae-decoder": ("vae", "train_decoder"), "clip": ("clip", "train_clip"), "base": ("base", "train_base"),
-             "attributes": ("attributes", "train_attributes"), "face-detector": ("detector", "train_detector"), "face-recogniser": ("recogniser", "train_recogniser")}
+             "attributes": ("attributes", "train_attributes"),
+             "face-detector": ("detector", "train_detector"), "face-recogniser": ("recogniser", "train_recogniser")}
 ELSEWHERE = {"render": "draw the portrait world into shards",  # commands whose arguments their own modules read
              "dataset": "people as an image folder for evaluate and meta-train",
              "sheet": "a contact sheet of the portrait world",

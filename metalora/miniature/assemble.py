@@ -162,7 +162,8 @@ def disassemble(assets: Path, work: Path) -> list[str]:
         raise MetaLoraError(f"{work} has a training {taken[0]} already; choose another folder.")
     pipeline = FluxPipeline.from_pretrained(Path(assets) / "miniature", dtype=torch.float32)
     base = Denoiser(pipeline, 0)
-    weights = {"vae": pipeline.vae, DECODER: pipeline.vae, "clip": CLIPModel.from_pretrained(Path(assets) / "clip", dtype=torch.float32), "base": base, "base-guided": base}
+    clip = CLIPModel.from_pretrained(Path(assets) / "clip", dtype=torch.float32)
+    weights = {"vae": pipeline.vae, DECODER: pipeline.vae, "clip": clip, "base": base, "base-guided": base}
     onnx = {"face-detector": DETECTOR_FILE, "face-recogniser": RECOGNISER_FILE}
     for name, each in figures.items():
         write_result(Path(work) / name, weights.get(name), each)

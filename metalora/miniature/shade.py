@@ -273,7 +273,8 @@ def albedo(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor, tu
             colour[chosen], s.normal[chosen], glow[chosen] = eyes(part, p, centres, gaze, up)
         elif material == TEETH:
             s.occlusion[chosen] = part.occlusion.clamp(min=0.8)
-            colour[chosen] = torch.tensor([0.80, 0.76, 0.68], device=colour.device) * (step(-0.07, -0.10, part.place[:, 1]) * step(0.022, 0.014, part.place[:, 0].abs()))[:, None]
+            inside = step(-0.07, -0.10, part.place[:, 1]) * step(0.022, 0.014, part.place[:, 0].abs())  # dark towards the throat and the cheeks
+            colour[chosen] = torch.tensor([0.80, 0.76, 0.68], device=colour.device) * inside[:, None]
         elif material == HAIR:
             colour[chosen], s.normal[chosen], s.masks[chosen] = hair(part, p, turn)
             gloss[chosen] = 0.16
