@@ -81,7 +81,7 @@ def test_a_picture_is_said_to_show_only_what_can_be_seen(seed: int, number: int)
 
 VOCABULARY = {"sex": {"woman", "man"}, "age": set(captions.AGES), "skin": {None, *captions.SKINS}, "beard": {None, *captions.BEARDS},
               "hair": {None, *captions.HAIR_WORDS}, "hair_colour": {None, *captions.HAIR_COLOURS}, "glasses": {None, "round", "square", "oval"},
-              "hat": {None, *captions.HATS}, "hat_colour": {None, *captions.CLOTH_COLOURS}, "top": set(people.TOPS),
+              "hat": {None, *captions.HATS}, "hat_colour": {None, *captions.CLOTH_COLOURS}, "top": set(captions.TOPS),
               "top_colour": {None, *captions.CLOTH_COLOURS}, "expression": set(captions.EXPRESSIONS), "turn": {None, "left", "right"},
               "background": {None, *PLACES}, "light": set(people.LIGHTS), "style": set(people.STYLES)}
 

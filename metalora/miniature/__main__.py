@@ -64,10 +64,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> dict:
     torch.set_num_threads(arguments.threads)
-    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.config.items()}
     job = Job(data=tuple(arguments.data), work=arguments.work, minutes=arguments.minutes, seed=arguments.seed,
               threads=arguments.threads, steps=arguments.steps, learning_rate=arguments.learning_rate,
-              batch_size=arguments.batch_size, device=arguments.device, model=MiniatureConfig(**sizes))
+              batch_size=arguments.batch_size, device=arguments.device, model=MiniatureConfig.of(arguments.config))
     module, function = TRAININGS[arguments.command]
     train = getattr(importlib.import_module(f"metalora.miniature.{module}"), function)
     more = {"distill": True} if getattr(arguments, "distill_guidance", False) else {}

@@ -49,7 +49,7 @@ class Parts:
 
     @property
     def config(self) -> MiniatureConfig:
-        return _config(self.figures[self.base])
+        return MiniatureConfig.of(self.figures[self.base]["model"])
 
     @property
     def job(self) -> Job:
@@ -84,10 +84,6 @@ def _sizes(name: str, figures: dict[str, Any]) -> list[str]:
     """The sizes of the miniature that a training has to share with the base's."""
     own = {"vae": ("vae_", "latent_"), DECODER: ("vae_", "latent_"), "clip": ("clip_",), "base": ("",), "base-guided": ("",)}
     return [size for size in figures["model"] if size == "size" or size.startswith(own.get(name, ("-",)))]
-
-
-def _config(figures: dict[str, Any]) -> MiniatureConfig:
-    return MiniatureConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in figures["model"].items()})
 
 
 def write_miniature(parts: Parts, folder: Path) -> None:

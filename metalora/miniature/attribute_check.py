@@ -136,8 +136,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
-    sizes = read_figures(given.work / NAME)["model"]
-    config = MiniatureConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()})
+    config = MiniatureConfig.of(read_figures(given.work / NAME)["model"])
     classifier = trained_classifier(Job(data=(), work=given.work, minutes=0.0, model=config))
     if given.evaluation:
         found = check_evaluation(classifier, given.evaluation, config.size)

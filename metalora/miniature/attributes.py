@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from metalora.miniature import captions
-from metalora.miniature.clip import softened
+from metalora.miniature.clip import UNSEEN, softened
 from metalora.miniature.shards import Shards, load_shards
 from metalora.miniature.training import Job, Trainer, read_result, write_result
 from metalora.miniature.vae import to_floats
 
 NAME = "attributes"  # of the training
-UNSEEN = -1
 NONE = "none"  # nothing is worn
 HEADS: dict[str, tuple[str, ...]] = {
     "sex": ("woman", "man"), "age": captions.AGES, "skin": captions.SKINS, "hair": captions.HAIR_WORDS, "hair_colour": captions.HAIR_COLOURS,
@@ -24,7 +23,6 @@ HEADS: dict[str, tuple[str, ...]] = {
     "top": tuple(captions.TOPS), "top_colour": captions.CLOTH_COLOURS, "expression": tuple(captions.EXPRESSIONS),
     "turn": (NONE, *captions.TURNS), "background": tuple(captions.BACKGROUNDS), "style": tuple(captions.OPENINGS)}
 WORN = ("beard", "glasses", "hat", "turn")  # of these, None in a record says that there is none
-MIRRORED = {"left": "right", "right": "left"}
 WIDTHS = (32, 64, 96, 128)
 
 
@@ -41,7 +39,7 @@ def label(attributes: dict, head: str) -> int:
 def labels(shards: Shards) -> torch.Tensor:
     """Classes of all pictures and their mirrors, (2, n, heads)."""
     rows = [[label(record["attributes"], head) for head in HEADS] for record in shards.records]
-    turned = [[label({**r["attributes"], "turn": MIRRORED.get(r["attributes"]["turn"])}, head) for head in HEADS] for r in shards.records]
+    turned = [[label({**r["attributes"], "turn": captions.MIRRORED.get(r["attributes"]["turn"])}, head) for head in HEADS] for r in shards.records]
     return torch.tensor([rows, turned])
 
 
@@ -92,9 +90,8 @@ class AttributeTask:
     def loss(self, generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(self.shards), (self.batch_size,), generator=generator)
         mirror = torch.rand(self.batch_size, generator=generator) < 0.5
-        images = to_floats(self.shards.images[chosen])
-        images[mirror] = images[mirror].flip(-1)
-        images = softened(images, generator) + 0.04 * torch.randn(images.shape, generator=generator)
+        images = softened(to_floats(self.shards.pictures(chosen, mirror)), generator)
+        images = images + 0.04 * torch.randn(images.shape, generator=generator)
         device = self.classifier.heads.weight.device
         with torch.autocast(device.type, torch.bfloat16):
             logits = self.classifier(images.to(device, memory_format=torch.channels_last)).float()

@@ -22,6 +22,7 @@ BACKGROUNDS = {"grey": ("in front of a grey wall", "on a grey background"), "blu
                "sunset": ("at sunset", "under a sunset sky"), "beach": ("at the beach", "by the sea"),
                "snow": ("in the snow", "on a snowy day"), "library": ("in a library", "in front of bookshelves")}
 TURNS = {"left": "looking left", "right": "looking right"}
+MIRRORED = {"left": "right", "right": "left"}  # how a turn reads in a mirrored picture
 OPENINGS = {"photo": ("a photo of", "a photograph of"), "pencil": ("a pencil drawing of", "a pencil sketch of"),
             "oil": ("an oil painting of", "an oil portrait of"), "bw": ("a black-and-white photo of", "a monochrome photo of")}
 ANY_STYLE = ("a portrait of", "a picture of")  # true of all, and said mostly of photos

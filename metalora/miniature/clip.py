@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer, CLIPVisionConfig
 
-from metalora.miniature.captions import attribute_phrases, value_of, vocabulary
+from metalora.miniature.captions import MIRRORED, attribute_phrases, value_of, vocabulary
 from metalora.miniature.pipeline import MiniatureConfig, clip_text_config, clip_tokenizer
 from metalora.miniature.shards import Batch, Shards, draw_captioned, load_shards
 from metalora.miniature.training import Job, Trainer, read_result, write_result
@@ -66,17 +66,16 @@ def contrast(clip: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[
 class Phrases:
     """Which phrase of each group of `captions.attribute_phrases` is true of a picture, for a loss that asks for it."""
 
-    def __init__(self, shards: Shards):
+    def __init__(self, shards: Shards, tokenizer: CLIPTokenizer, length: int):
         groups = attribute_phrases()
-        self.texts = [phrase for group in groups.values() for phrase in group.values()]
+        self.ids = tokenize(tokenizer, [phrase for group in groups.values() for phrase in group.values()], length)  # (all phrases, longest)
         sizes = [len(group) for group in groups.values()]
         self.spans = [slice(sum(sizes[:k]), sum(sizes[:k + 1])) for k in range(len(sizes))]
         numbers = [{value: k for k, value in enumerate(group)} for group in groups.values()]
-        mirrored = {"left": "right", "right": "left"}
         rows = []
         for flip in (False, True):
             values = ([value_of(record["attributes"], name) for name in groups] for record in shards.records)
-            rows.append([[number.get(mirrored.get(v, v) if flip else v, UNSEEN) for number, v in zip(numbers, each, strict=True)] for each in values])
+            rows.append([[number.get(MIRRORED.get(v, v) if flip else v, UNSEEN) for number, v in zip(numbers, each, strict=True)] for each in values])
         self.true = torch.tensor(rows)  # (2, n, groups): as drawn, mirrored
 
     def loss(self, pictures: torch.Tensor, phrases: torch.Tensor, scale: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -87,9 +86,9 @@ class Phrases:
 
 
     @torch.no_grad()
-    def right(self, clip: CLIPModel, tokenizer: CLIPTokenizer, images: torch.Tensor, length: int) -> dict[str, float]:
+    def right(self, clip: CLIPModel, images: torch.Tensor) -> dict[str, float]:
         """How often the true phrase of a group comes first, by group, on the pictures that show one."""
-        phrases = F.normalize(clip.text_projection(clip.text_model(input_ids=tokenize(tokenizer, self.texts, length).to(clip.device)).pooler_output), dim=-1)
+        phrases = F.normalize(clip.text_projection(clip.text_model(input_ids=self.ids.to(clip.device)).pooler_output), dim=-1)
         parts = [clip.visual_projection(clip.vision_model(pixel_values=to_floats(part).to(clip.device)).pooler_output) for part in images.split(64)]
         logits = (torch.cat(parts) @ phrases.T).cpu()
         first = torch.stack([logits[:, span].argmax(1) for span in self.spans], 1)  # (n, groups)
@@ -111,13 +110,11 @@ class ClipTask:
 
     def loss(self, generator: torch.Generator) -> torch.Tensor:
         batch = draw_captioned(self.shards.records, self.batch_size, generator)
-        images = to_floats(self.shards.images[batch.chosen])
-        images[batch.mirrored] = images[batch.mirrored].flip(-1)
+        images = to_floats(self.shards.pictures(batch.chosen, batch.mirrored))
         ids = tokenize(self.tokenizer, batch.captions, self.clip_tokens)
-        asked = tokenize(self.tokenizer, self.phrases.texts, self.clip_tokens)
         with torch.autocast(self.clip.device.type, torch.bfloat16):
             pictures, captions = contrast(self.clip, softened(images, generator), ids)
-            phrases = self.clip.text_projection(self.clip.text_model(input_ids=asked.to(self.clip.device)).pooler_output)
+            phrases = self.clip.text_projection(self.clip.text_model(input_ids=self.phrases.ids.to(self.clip.device)).pooler_output)
         scale = self.clip.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         named = self.phrases.loss(pictures, F.normalize(phrases.float(), dim=-1), scale, batch)
         logits = scale * pictures @ captions.T  # (n, n)
@@ -130,8 +127,7 @@ class ClipTask:
         generator, hits = torch.Generator().manual_seed(0), []
         for _ in range(galleries):
             batch = draw_captioned(validation.records, GALLERY, generator)
-            images = to_floats(validation.images[batch.chosen])
-            images[batch.mirrored] = images[batch.mirrored].flip(-1)
+            images = to_floats(validation.pictures(batch.chosen, batch.mirrored))
             ids = tokenize(self.tokenizer, batch.captions, self.clip_tokens)
             pictures, captions = contrast(self.clip, images, ids)
             best = (pictures @ captions.T).argmax(dim=1).tolist()
@@ -153,11 +149,11 @@ def train_clip(job: Job) -> dict:
     tokenizer = clip_tokenizer(vocabulary(), job.model.clip_tokens)
     clip = build_clip(job.model, tokenizer).to(job.device)
     config = job.training(learning_rate=3e-3, batch_size=64, weight_decay=0.05, ema=0.995)
-    task = ClipTask(clip, tokenizer, training, Phrases(training), config.batch_size, job.model.clip_tokens)
+    task = ClipTask(clip, tokenizer, training, Phrases(training, tokenizer, job.model.clip_tokens), config.batch_size, job.model.clip_tokens)
     trainer = Trainer("clip", clip, job.work / "clip", config)
     result = trainer.run(task.loss, lambda t: print(
         f"clip: step {t.step}, right of 100: {task.right_of_hundred(validation, 2):.1%}", flush=True))
     figures = job.figures(result, config) | {"right_of_100_captions": round(task.right_of_hundred(validation), 4)}
-    figures["right_phrase"] = Phrases(validation).right(clip, tokenizer, validation.images, job.model.clip_tokens)
+    figures["right_phrase"] = Phrases(validation, tokenizer, job.model.clip_tokens).right(clip, validation.images)
     write_result(job.work / "clip", clip, figures)
     return figures

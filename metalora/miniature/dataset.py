@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from metalora.miniature import captions
-from metalora.miniature.people import HELD_OUT, Person, Scene, _visible, person, scene
+from metalora.miniature.people import HELD_OUT, Person, Scene, _visible, person, scene, seeds
 from metalora.miniature.render import render
 
 PROMPTS = ("a photo of {person}, in a red cap, in a green park", "a photo of {person}, wearing a blue turtleneck, smiling, at the beach",
@@ -59,10 +59,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--all-prompts", action="store_true", help="eight prompts instead of the four of the benchmark")
     given = parser.parse_args(arguments)
     torch.set_num_threads(2)
-    if ":" in given.people:
-        first, end = (int(v) for v in given.people.split(":"))
-        seeds = list(range(first, end))
-    else:
-        seeds = [int(v) for v in given.people.split(",")]
-    write_dataset(given.output, seeds, given.references, given.others, given.size,
+    chosen = list(seeds(given.people)) if ":" in given.people else [int(v) for v in given.people.split(",")]
+    write_dataset(given.output, chosen, given.references, given.others, given.size,
                   PROMPTS + (MORE_PROMPTS if given.all_prompts else ()))

@@ -23,7 +23,6 @@ MALE_HAIR = ("bald", "buzz-cut", "short", "short", "side-parted", "swept-back", 
 FEMALE_HAIR = ("short", "curly", "afro", "chin-length", "fringed", "long", "long", "wavy", "tied-up")
 SEXES = (-0.05, 1.2)  # of a man, a woman, along the head model's axis: a little beyond its own ends, which lie near each other
 SPREAD = 1.1  # of people's shapes, in the head model's deviations
-TOPS = ("t-shirt", "turtleneck", "v-neck", "striped", "suit", "shirt")
 STYLES = {"photo": 0.7, "pencil": 0.1, "oil": 0.1, "bw": 0.1}  # how a picture is made, and how often
 EXPRESSION_WEIGHTS = {"neutral": 0.3, "smile": 0.26, "laugh": 0.14, "surprised": 0.1, "angry": 0.1, "sad": 0.1}
 
@@ -85,6 +84,12 @@ class Scene:
     attributes: dict = field(hash=False, compare=False, default_factory=dict)
 
 
+def seeds(text: str) -> range:
+    """The seeds that FIRST:END stands for on the command line."""
+    first, end = (int(part) for part in text.split(":"))
+    return range(first, end)
+
+
 def _hair_colour(rng: random.Random, age: float, dark: bool) -> str:
     if age > 0.86 and rng.random() < 0.75:
         return rng.choice(("grey", "white"))
@@ -133,7 +138,7 @@ def scene(who: Person, seed: int, usual_looks: float = 0.65) -> Scene:
     expression = rng.choices(list(EXPRESSION_WEIGHTS), list(EXPRESSION_WEIGHTS.values()))[0]
     yaw = max(-34.0, min(34.0, rng.gauss(0, 13)))
     hat = rng.choice(list(captions.HATS)) if rng.random() < 0.25 else None
-    top, top_colour, second = rng.choice(TOPS), *rng.sample(captions.CLOTH_COLOURS, 2)
+    top, top_colour, second = rng.choice(list(captions.TOPS)), *rng.sample(captions.CLOTH_COLOURS, 2)
     place = rng.choice(PLACES)
     made = Scene(seed=seed, expression=expression, yaw=yaw, pitch=max(-12.0, min(12.0, rng.gauss(0, 5))),
                  roll=rng.gauss(0, 4), background=place,

@@ -57,6 +57,11 @@ class MiniatureConfig:
         if self.size % (2 * self.vae_factor):
             raise ValueError(f"size {self.size} must be a multiple of {2 * self.vae_factor}")
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "MiniatureConfig":
+        """The sizes that JSON gave, in which tuples are lists."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
     @property
     def vae_factor(self) -> int:
         return 2 ** (len(self.vae_widths) - 1)

@@ -14,7 +14,7 @@ from metalora.miniature import clothes, hair, headwear, shade, style
 from metalora.miniature.backdrop import backdrop
 from metalora.miniature.colour import display
 from metalora.miniature.head import ACTIONS, PARTS, HeadModel, load_head, vertex_normals
-from metalora.miniature.people import Person, Scene, person, scene
+from metalora.miniature.people import Person, Scene, person, scene, seeds
 from metalora.miniature.props import CENTRE, Prop
 from metalora.miniature.raster import barycentric, rasterize
 
@@ -265,5 +265,4 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    first, end = (int(v) for v in given.people.split(":"))
-    write_shards(given.output, range(first, end), given.scenes, given.size, given.device, first_scene=given.first_scene)
+    write_shards(given.output, seeds(given.people), given.scenes, given.size, given.device, first_scene=given.first_scene)

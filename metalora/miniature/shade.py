@@ -14,6 +14,7 @@ from metalora.miniature import clothes
 from metalora.miniature.colour import linear
 from metalora.miniature.head import MASKS
 from metalora.miniature.people import CLOTH_RGB, EYE_RGB, HAIR_RGB, LIGHTS, SKIN_TONES, Person, Scene
+from metalora.miniature.props import CENTRE
 
 SKIN, EYE, TEETH, HAIR, HAT, GLASSES, LASH, CLOTH = range(8)
 EYE_RADIUS = 0.015
@@ -247,8 +248,8 @@ def eyes(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor) -> t
 def hair(s: Surface, p: Palette, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Albedo, normal and direction of strands. A strand's normal is the head's, leant away from its own direction, so that hair
     is shaded as one body; turn: (pictures, 3, 3) rotates the template into the world."""
-    outward = s.place - torch.tensor([0.0, -0.02, 0.0], device=s.place.device)
-    outward = torch.cat([outward[:, :2], (outward[:, 2:] - 0.715).clamp(min=-0.02)], 1)
+    outward = s.place - torch.tensor(CENTRE, device=s.place.device, dtype=s.place.dtype)
+    outward = torch.cat([outward[:, :2], outward[:, 2:].clamp(min=-0.02)], 1)
     along, outward = (torch.einsum("nij,nj->ni", turn[s.picture], v) for v in (s.masks[:, :3], outward))
     along, outward = (torch.nn.functional.normalize(v, dim=1) for v in (along, outward))
     normal = torch.nn.functional.normalize(outward - 0.6 * (outward * along).sum(1, keepdim=True) * along, dim=1)

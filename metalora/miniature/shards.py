@@ -44,6 +44,12 @@ class Shards:
     def keypoints(self) -> torch.Tensor:
         return torch.tensor([record["keypoints"] for record in self.records], dtype=torch.float32)  # (n, 5, 2) px
 
+    def pictures(self, chosen: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+        """The pictures at `chosen` (n,), those mirrored for which `mirrored` (n,) holds: (n, 3, size, size) uint8."""
+        images = self.images[chosen]
+        images[mirrored] = images[mirrored].flip(-1)
+        return images
+
     def select(self, mask: torch.Tensor) -> "Shards":
         """The pictures for which `mask` (n,) holds."""
         keep = mask.nonzero().flatten()

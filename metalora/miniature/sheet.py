@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from metalora.miniature.people import person, scene
+from metalora.miniature.people import person, scene, seeds
 from metalora.miniature.render import render
 
 
@@ -18,7 +18,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--size", type=int, default=128)
     given = parser.parse_args(arguments)
-    first, end = (int(v) for v in given.people.split(":"))
-    rows = [render([(who := person(seed), scene(who, k)) for k in range(given.scenes)], given.size)[0] for seed in range(first, end)]
+    rows = [render([(who := person(seed), scene(who, k)) for k in range(given.scenes)], given.size)[0] for seed in seeds(given.people)]
     sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)  # (3, people * size, scenes * size)
     Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(given.output)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from metalora.errors import MetaLoraError
-from metalora.miniature.people import HELD_OUT, Person, Scene, person, scene
+from metalora.miniature.people import HELD_OUT, Person, Scene, person, scene, seeds
 from metalora.miniature.render import render
 
 SEEN_AT = 384  # px: both expect faces larger than those of small pictures
@@ -84,8 +84,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
-    first, end = (int(v) for v in given.people.split(":"))
-    found = check(range(first, end), given.scenes, given.size)
+    found = check(seeds(given.people), given.scenes, given.size)
     print(json.dumps(found))
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
