@@ -33,7 +33,7 @@ from metalora.miniature.meta_down import People
 from metalora.miniature.people import HELD_OUT, person, scene
 from metalora.miniature.pipeline import build_pipeline, clip_tokenizer, save_pipeline, t5_tokenizer
 from metalora.miniature.shards import draw_captioned, load_shards
-from metalora.miniature.training import Job, Optimizer, Trainer, TrainingConfig, write_result
+from metalora.miniature.training import Job, Muon, Optimizer, Trainer, TrainingConfig, write_result
 from metalora.miniature.vae import load_vae, random_crops, train_decoder, train_vae, trained_vae, vae_loss
 from metalora.prompts import Captioner
 from tests.conftest import TINY, in_processes, state_hash
@@ -225,9 +225,35 @@ def test_muon_moves_the_matrices_and_adamw_the_rest():
     optimizer.step(0.01)
     steps = [p.detach() - old for p, old in zip(module.parameters(), before, strict=True)]
     values = torch.linalg.svdvals(steps[1])  # an update of Muon's has singular values near one another
-    assert values[15] > 0.5 * values[0] and len(optimizer.muon.param_groups[0]["params"]) == 1
+    assert values[15] > 0.5 * values[0] and len(optimizer.muon.matrices) == 1
     assert all(0 < step.abs().max() < 0.0101 for index, step in enumerate(steps) if index != 1)
     assert all(p.grad is None for p in module.parameters())
+
+
+@pytest.mark.parametrize("shape", [(24, 32), (32, 24), (24, 96), (96, 24)])
+def test_muon_steps_as_torchs_own_does(shape: tuple[int, int]):
+    """To the rounding of bfloat16, in which torch computes it, and with singular values that are just as even."""
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(shape), torch.nn.Parameter(torch.empty(shape))
+    theirs.data.copy_(ours)
+    muon, reference = Muon([ours], weight_decay=0.1), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        gradient = torch.randn(shape)
+        before, theirs.grad = ours.clone(), gradient.clone()
+        muon.step([gradient], 0.1)
+        reference.step()
+    torch.testing.assert_close(ours, theirs.data, atol=0.02, rtol=0.02)
+    values = torch.linalg.svdvals(ours - 0.99 * before) / (0.1 * 0.2 * max(shape) ** 0.5)
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_kernels_of_either_layout_train(layout: torch.memory_format):
+    layer = torch.nn.Conv2d(16, 24, 3, bias=False).to(memory_format=layout)
+    optimizer, before = Optimizer(layer, TrainingConfig(learning_rate=0.01, batch_size=1, weight_decay=0.0)), layer.weight.detach().clone()
+    layer(torch.randn(2, 16, 8, 8).to(memory_format=layout)).square().mean().backward()
+    optimizer.step(0.01)
+    assert (layer.weight - before).square().mean().sqrt() > 0.001
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_a_sentence(tmp_path: Path):

@@ -12,7 +12,7 @@ from torch import nn
 from metalora.miniature import captions
 from metalora.miniature.clip import UNSEEN, softened
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, read_result, write_result
+from metalora.miniature.training import Job, Trainer, products, read_result, write_result
 from metalora.miniature.vae import to_floats
 
 NAME = "attributes"  # of the training
@@ -93,7 +93,7 @@ class AttributeTask:
         images = softened(to_floats(self.shards.pictures(chosen, mirror)), generator)
         images = images + 0.04 * torch.randn(images.shape, generator=generator)
         device = self.classifier.heads.weight.device
-        with torch.autocast(device.type, torch.bfloat16):
+        with products(device):
             logits = self.classifier(images.to(device, memory_format=torch.channels_last)).float()
         true = self.true[mirror.long(), chosen].to(device)
         parts = logits.split([len(classes) for classes in HEADS.values()], 1)

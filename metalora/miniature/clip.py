@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from metalora.miniature.captions import MIRRORED, attribute_phrases, value_of, vocabulary
 from metalora.miniature.pipeline import MiniatureConfig, clip_text_config, clip_tokenizer
 from metalora.miniature.shards import Batch, Shards, draw_captioned, load_shards
-from metalora.miniature.training import Job, Trainer, read_result, write_result
+from metalora.miniature.training import Job, Trainer, products, read_result, write_result
 from metalora.miniature.vae import to_floats
 
 VISION_WIDTH, VISION_LAYERS, VISION_HEADS, PATCH = 128, 4, 4, 16
@@ -112,7 +112,7 @@ class ClipTask:
         batch = draw_captioned(self.shards.records, self.batch_size, generator)
         images = to_floats(self.shards.pictures(batch.chosen, batch.mirrored))
         ids = tokenize(self.tokenizer, batch.captions, self.clip_tokens)
-        with torch.autocast(self.clip.device.type, torch.bfloat16):
+        with products(self.clip.device):
             pictures, captions = contrast(self.clip, softened(images, generator), ids)
             phrases = self.clip.text_projection(self.clip.text_model(input_ids=self.phrases.ids.to(self.clip.device)).pooler_output)
         scale = self.clip.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()

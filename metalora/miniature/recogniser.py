@@ -18,7 +18,7 @@ from torch import nn
 
 from metalora.miniature.facepack import DETECTOR_FILE, RECOGNISER_FILE, check_pack, disturbed, export_onnx, separation
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, write_result
+from metalora.miniature.training import Job, Trainer, products, write_result
 
 INPUT, DIMENSIONS = 112, 512
 TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))  # ArcFace's, px
@@ -73,9 +73,9 @@ class Naming(nn.Module):
         self.directions = nn.Parameter(torch.randn(people, DIMENSIONS) * 0.05)
 
     def loss(self, halves: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
-        """CosFace: the right person's cosine must lead by `margin`. Convolutions in bfloat16, cosines in float32."""
+        """CosFace: the right person's cosine must lead by `margin`. Cosines in float32."""
         device = self.directions.device
-        with torch.autocast(device.type, torch.bfloat16):
+        with products(device):
             embeddings = self.recogniser.embed(halves.to(device))
         cosines = F.normalize(embeddings.float()) @ F.normalize(self.directions).T  # (n, people)
         labels = labels.to(device)

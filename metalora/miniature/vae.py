@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 
 from metalora.miniature.pipeline import MiniatureConfig, build_vae
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, read_figures, read_result, write_result
+from metalora.miniature.training import Job, Trainer, products, read_figures, read_result, write_result
 
 CROP = 64
 KL_WEIGHT = 1e-5  # of the mean over latent numbers; keeps the latents near a unit ball, not a prior to sample from
@@ -34,14 +34,14 @@ def random_crops(images: torch.Tensor, batch: int, size: int, generator: torch.G
 
 
 def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Squared error, which is what PSNR measures, and a small KL term; convolutions in bfloat16, the loss in float32."""
+    """Squared error, which is what PSNR measures, and a small KL term, both in float32."""
     images = images.to(vae.device)
-    with torch.autocast(vae.device.type, torch.bfloat16):
+    with products(vae.device):
         moments = vae.encoder(images)
     mean, log_variance = moments.float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
     latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator).to(vae.device)
-    with torch.autocast(vae.device.type, torch.bfloat16):
+    with products(vae.device):
         output = vae.decoder(latents)
     output = output.float()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
@@ -91,7 +91,7 @@ def train_vae(job: Job) -> dict:
     """Trains the autoencoder and writes work/vae; the figure is PSNR on whole pictures of unseen people."""
     training, validation = load_shards(*job.data).split()
     torch.manual_seed(job.seed)
-    vae = build_vae(job.model).to(job.device)
+    vae = build_vae(job.model).to(job.device, memory_format=torch.channels_last)
     config = job.training(learning_rate=4e-3, batch_size=8, anneal_from=0.2, ema=0.995, warmup_steps=50)
     trainer = Trainer("vae", vae, job.work / "vae", config)
     sample = _spread(validation)
@@ -114,7 +114,7 @@ def train_decoder(job: Job) -> dict:
     The latents stay what they are, and with them whatever was trained on them.
     """
     training, validation = load_shards(*job.data).split()
-    vae = load_vae(job.model, *read_result(job.work / "vae")).to(job.device)
+    vae = load_vae(job.model, *read_result(job.work / "vae")).to(job.device, memory_format=torch.channels_last)
     vae.encoder.requires_grad_(False)
     config = job.training(learning_rate=2e-3, batch_size=8, anneal_from=0.2, ema=0.995, warmup_steps=50)
     trainer = Trainer(DECODER, vae, job.work / DECODER, config)
@@ -123,7 +123,7 @@ def train_decoder(job: Job) -> dict:
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         images = random_crops(training.images, config.batch_size, crop, generator).to(vae.device)
-        with torch.autocast(vae.device.type, torch.bfloat16):
+        with products(vae.device):
             with torch.no_grad():
                 latents = vae.encode(images).latent_dist.mode()
             output = vae.decoder(latents)
