@@ -1,4 +1,4 @@
-"""sRGB and linear light."""
+"""sRGB and linear light, and the soft edges that pictures are blended with."""
 
 import torch
 from torch import Tensor
@@ -17,3 +17,9 @@ def display(light: Tensor) -> Tensor:
     over = (light - knee).clamp(min=0)
     rolled = torch.where(light > knee, knee + (1 - knee) * over / (over + (1 - knee)), light)
     return rolled.clamp(0, 1) ** (1 / GAMMA)
+
+
+def step(low: float | Tensor, high: float | Tensor, x: Tensor) -> Tensor:
+    """0 at `low`, 1 at `high` and beyond, smooth between; `low` may be the larger."""
+    t = ((x - low) / (high - low)).clamp(0, 1)
+    return t * t * (3 - 2 * t)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metalora.miniature import clothes
-from metalora.miniature.colour import linear
+from metalora.miniature.colour import linear, step
 from metalora.miniature.head import MASKS
 from metalora.miniature.people import CLOTH_RGB, EYE_RGB, HAIR_RGB, LIGHTS, SKIN_TONES, Person, Scene
 from metalora.miniature.props import CENTRE
@@ -35,11 +35,6 @@ class Surface:
     masks: Tensor  # (m, 4) of the head; of hair the direction of its strands and their tone
     along: Tensor  # (m,) coordinate of hair and hats
     lit: Tensor  # (m, 1) 0 in shadow .. 1
-
-
-def step(low, high, x):
-    t = ((x - low) / (high - low)).clamp(0, 1)
-    return t * t * (3 - 2 * t)
 
 
 def hashed(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ It is convolutional, so random crops stand for whole pictures: more of them a se
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from diffusers import AutoencoderKL
 
 from metalora.miniature.pipeline import MiniatureConfig, build_vae
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, products, read_figures, read_result, write_result
+from metalora.miniature.training import Job, Trainer, products, read_result, write_result
 
 CROP = 64
 KL_WEIGHT = 1e-5  # of the mean over latent numbers; keeps the latents near a unit ball, not a prior to sample from
@@ -89,23 +90,14 @@ def trained_vae(job: Job) -> AutoencoderKL:
 
 def train_vae(job: Job) -> dict:
     """Trains the autoencoder and writes work/vae; the figure is PSNR on whole pictures of unseen people."""
-    training, validation = load_shards(*job.data).split()
     torch.manual_seed(job.seed)
     vae = build_vae(job.model).to(job.device, memory_format=torch.channels_last)
-    config = job.training(learning_rate=4e-3, batch_size=8, anneal_from=0.2, ema=0.995, warmup_steps=50)
-    trainer = Trainer("vae", vae, job.work / "vae", config)
-    sample = _spread(validation)
-    crop = min(CROP, job.model.size)
 
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        return vae_loss(vae, random_crops(training.images, config.batch_size, crop, generator), generator)
+    def measure(training: Shards) -> dict[str, float]:
+        scaling, shift = measure_latents(vae, training.images[:: max(1, len(training) // 512)])
+        return {"scaling_factor": scaling, "shift_factor": shift}
 
-    result = trainer.run(loss, lambda t: print(f"vae: step {t.step}, {psnr(vae, sample[:64]):.2f} dB", flush=True))
-    scaling, shift = measure_latents(vae, training.images[:: max(1, len(training) // 512)])
-    figures = job.figures(result, config) | {"psnr_db": round(psnr(vae, sample), 2), "scaling_factor": scaling,
-                                             "shift_factor": shift, "validation_pictures": len(sample)}
-    write_result(job.work / "vae", vae, figures)
-    return figures
+    return _train(job, "vae", vae, 4e-3, lambda images, generator: vae_loss(vae, images, generator), measure)
 
 
 def train_decoder(job: Job) -> dict:
@@ -113,29 +105,31 @@ def train_decoder(job: Job) -> dict:
 
     The latents stay what they are, and with them whatever was trained on them.
     """
-    training, validation = load_shards(*job.data).split()
-    vae = load_vae(job.model, *read_result(job.work / "vae")).to(job.device, memory_format=torch.channels_last)
+    weights, before = read_result(job.work / "vae")
+    vae = load_vae(job.model, weights, before).to(job.device, memory_format=torch.channels_last)
     vae.encoder.requires_grad_(False)
-    config = job.training(learning_rate=2e-3, batch_size=8, anneal_from=0.2, ema=0.995, warmup_steps=50)
-    trainer = Trainer(DECODER, vae, job.work / DECODER, config)
-    sample = _spread(validation)
-    crop = min(CROP, job.model.size)
 
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        images = random_crops(training.images, config.batch_size, crop, generator).to(vae.device)
+    def loss(images: torch.Tensor, _: torch.Generator) -> torch.Tensor:
+        images = images.to(vae.device)
         with products(vae.device):
             with torch.no_grad():
                 latents = vae.encode(images).latent_dist.mode()
             output = vae.decoder(latents)
         return F.mse_loss(output.float(), images)
 
-    result = trainer.run(loss, lambda t: print(f"{DECODER}: step {t.step}, {psnr(vae, sample[:64]):.2f} dB", flush=True))
-    before = read_figures(job.work / "vae")
-    figures = job.figures(result, config) | {name: before[name] for name in ("scaling_factor", "shift_factor")}
-    figures |= {"psnr_db": round(psnr(vae, sample), 2), "validation_pictures": len(sample)}
-    write_result(job.work / DECODER, vae, figures)
+    return _train(job, DECODER, vae, 2e-3, loss, lambda _: {name: before[name] for name in ("scaling_factor", "shift_factor")})
+
+
+def _train(job: Job, name: str, vae: AutoencoderKL, learning_rate: float, loss: Callable[[torch.Tensor, torch.Generator], torch.Tensor],
+           measure: Callable[[Shards], dict[str, float]]) -> dict:
+    """Minimises `loss` of random crops and writes work/`name`; `measure` gives the scaling and shift that go with the weights."""
+    training, validation = load_shards(*job.data).split()
+    config = job.training(learning_rate=learning_rate, batch_size=8, anneal_from=0.2, ema=0.995, warmup_steps=50)
+    trainer = Trainer(name, vae, job.work / name, config)
+    sample = validation.images[:: max(1, len(validation) // VALIDATION_PICTURES)][:VALIDATION_PICTURES]
+    crop = min(CROP, job.model.size)
+    result = trainer.run(lambda generator: loss(random_crops(training.images, config.batch_size, crop, generator), generator),
+                         lambda t: print(f"{name}: step {t.step}, {psnr(vae, sample[:64]):.2f} dB", flush=True))
+    figures = job.figures(result, config) | measure(training) | {"psnr_db": round(psnr(vae, sample), 2), "validation_pictures": len(sample)}
+    write_result(job.work / name, vae, figures)
     return figures
-
-
-def _spread(shards: Shards) -> torch.Tensor:
-    return shards.images[:: max(1, len(shards) // VALIDATION_PICTURES)][:VALIDATION_PICTURES]

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from metalora.errors import MetaLoraError
+from metalora.miniature.facepack import auc
 from metalora.miniature.people import HELD_OUT, Person, Scene, person, scene, seeds
 from metalora.miniature.render import render
 
@@ -61,11 +62,10 @@ def check(people: range, scenes: int, size: int) -> dict[str, Any]:
     apart = np.linalg.norm(np.stack(faces)[:, None] - np.stack(faces)[None], axis=-1)
     same = np.equal.outer(persons, persons)
     above = np.triu(np.ones_like(same), 1)
-    mine, others = apart[same & above], np.sort(apart[~same & above])
-    nearer = (np.searchsorted(others, mine, "left") + np.searchsorted(others, mine, "right")) / 2  # others, of which equal ones are half
+    mine, others = apart[same & above], apart[~same & above]
     np.fill_diagonal(apart, np.inf)
     return {"pictures": pictures, "people": len(people), "found": round(len(faces) / pictures, 4),
-            "auc": round(1 - float(nearer.mean() / len(others)), 4),
+            "auc": round(auc(-mine, -others), 4),
             "nearest_is_the_same": round(float(np.equal(np.array(persons)[apart.argmin(1)], persons).mean()), 4),
             "distance": {"same": round(float(mine.mean()), 3), "others": round(float(others.mean()), 3)}}
 
