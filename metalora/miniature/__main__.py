@@ -1,7 +1,7 @@
 """`python -m metalora.miniature COMMAND`: renders the portrait world and trains the embedded miniature on it.
 
-Order: render, vae, vae-decoder, clip, base, base --distill-guidance, face-detector, face-recogniser, assemble, meta-down, dataset. Each
-training takes a time budget, can be killed and started again with the same command, and leaves its files in WORK/NAME.
+`make` gives the commands in their order: render, vae, clip, attributes, base, base --distill-guidance, face-detector, face-recogniser,
+assemble, meta-down. Each training takes a time budget, can be killed and started again with the same command, and leaves its files in WORK/NAME.
 With `torchrun --nproc-per-node N -m metalora.miniature …` N processes train together; on a CPU, as many as it has cores and
 with `--threads 1`, for that is faster than one process of many threads.
 """
@@ -23,7 +23,8 @@ from metalora.miniature.training import Job
 TRAININGS = {"vae": ("vae", "train_vae"), "vae-decoder": ("vae", "train_decoder"), "clip": ("clip", "train_clip"), "base": ("base", "train_base"),
              "attributes": ("attributes", "train_attributes"),
              "face-detector": ("detector", "train_detector"), "face-recogniser": ("recogniser", "train_recogniser")}
-ELSEWHERE = {"render": "draw the portrait world into shards",  # commands whose arguments their own modules read
+ELSEWHERE = {"make": "all that follows, one after another",
+             "render": "draw the portrait world into shards",  # commands whose arguments their own modules read
              "dataset": "people as an image folder for evaluate and meta-train",
              "sheet": "a contact sheet of the portrait world",
              "world-check": "what is trained on photographs, tried on the portrait world",
@@ -88,7 +89,8 @@ def _keep_memory() -> None:
     set_option(mmap_max, 0)
 
 
-def _run(argv: list[str]) -> None:
+def run_command(argv: list[str]) -> None:
+    """Runs one command, given by its name and arguments."""
     if argv and argv[0] in ELSEWHERE:
         importlib.import_module(f"metalora.miniature.{argv[0].replace('-', '_')}").main(argv[1:])
         return
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; what it found is printed as one JSON object. Returns 2 where it cannot be done as asked."""
     _keep_memory()
     try:
-        _run(sys.argv[1:] if argv is None else argv)
+        run_command(sys.argv[1:] if argv is None else argv)
     except MetaLoraError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,0 +1,112 @@
+"""`python -m metalora.miniature make`: the whole miniature, from the first portrait to the Meta-Downs, with one command.
+
+It gives the other commands one after another, each with its share of the time. It can be killed and given again: what has finished
+is left out, what had begun goes on. On a CPU a training has a process a core, which is quicker than one of many threads.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from metalora.errors import MetaLoraError
+from metalora.miniature.people import seeds
+
+SHARES = {"vae": 0.10, "clip": 0.08, "attributes": 0.06, "base": 0.53, "base --distill-guidance": 0.10, "face-detector": 0.04, "face-recogniser": 0.09}
+GPU_BATCHES = {"vae": 64, "clip": 256, "attributes": 256, "base": 512, "base --distill-guidance": 512, "face-detector": 64, "face-recogniser": 256}
+DOMAINS = ("woman", "man")
+Run = Callable[[list[str]], None]  # the arguments of a command, in this process
+
+
+def training(name: str, given: argparse.Namespace) -> list[str]:
+    """The arguments of the training `name`, a key of SHARES."""
+    command = [*name.split(), "--data", str(given.data), "--work", str(given.work), "--device", given.device, "--config", json.dumps(given.config)]
+    command += ["--threads", "1"] if given.processes > 1 else []
+    command += ["--batch-size", str(GPU_BATCHES[name])] if given.device != "cpu" else []
+    return command + (["--steps", str(given.steps)] if given.steps else ["--minutes", f"{given.minutes * SHARES[name]:.1f}"])
+
+
+def finished(name: str, work: Path) -> bool:
+    """Whether the training has ended since its last checkpoint; a result alone may be what it is to begin from."""
+    folder = work / ("base-guided" if "--distill-guidance" in name else name)
+    checkpoint, result = folder / "checkpoint.pt", folder / "result.json"
+    return checkpoint.exists() and result.exists() and result.stat().st_mtime >= checkpoint.stat().st_mtime
+
+
+def rendering(given: argparse.Namespace) -> list[list[str]]:
+    """The commands that render the people in as many equal parts as there are processes."""
+    people, parts = seeds(given.people), given.processes
+    bounds = [people.start + len(people) * part // parts for part in range(parts + 1)]
+    return [["render", "--output", str(given.data), "--people", f"{first}:{end}", "--scenes", str(given.scenes), "--size", str(given.config.get("size", 128)),
+             "--device", given.device] for first, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def make(given: argparse.Namespace, run: Run) -> None:
+    """All the steps, in their order."""
+    _side_by_side(rendering(given), given, run)
+    for name in SHARES:
+        if not finished(name, given.work):
+            print(f"make: {name}", file=sys.stderr, flush=True)
+            _training(training(name, given), given, run)
+    run(["assemble", "--work", str(given.work), "--output", str(given.output)])
+    _side_by_side([["meta-down", "--data", str(given.data), "--base", str(given.output / "miniature"), "--domain", domain, "--work", str(given.work / domain),
+                    "--output", str(given.output / "meta-down" / domain), "--config", json.dumps(given.meta)] for domain in DOMAINS], given, run)
+
+
+def _training(arguments: list[str], given: argparse.Namespace, run: Run) -> None:
+    if given.processes == 1:
+        run(arguments)
+    else:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(given.processes), "-m", "metalora.miniature"]
+        _wait([_start([*launcher, *arguments])])
+
+
+def _side_by_side(commands: list[list[str]], given: argparse.Namespace, run: Run) -> None:
+    """Runs the commands, each in a process of one thread where there may be several."""
+    if given.processes == 1:
+        for command in commands:
+            run(command)
+    else:
+        _wait([_start(["metalora.miniature", *command]) for command in commands])
+
+
+def _start(module: list[str]) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", *module], env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def _wait(processes: list[subprocess.Popen]) -> None:
+    """Waits for all, and ends the rest when one fails or this process is stopped."""
+    try:
+        for process in processes:
+            if process.wait():
+                raise MetaLoraError("A step failed, as it says above; give the same command again when that is mended.")
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m metalora.miniature make`: see --help."""
+    from metalora.miniature.__main__ import run_command
+
+    cores = os.cpu_count() or 1
+    parser = argparse.ArgumentParser(prog="python -m metalora.miniature make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and results")
+    parser.add_argument("--output", type=Path, default=Path("assets"))
+    parser.add_argument("--minutes", type=float, default=300, help="for all trainings together; pictures and Meta-Downs come on top (%(default)s)")
+    parser.add_argument("--steps", type=int, help="a budget of steps for each training instead")
+    parser.add_argument("--people", default="0:2200", metavar="FIRST:END", help="seeds of the people who are learnt from (%(default)s)")
+    parser.add_argument("--scenes", type=int, default=6, help="pictures of each (%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, help="a core each on a CPU, one on a GPU, when not given")
+    parser.add_argument("--config", type=json.loads, default={}, metavar="JSON", help='sizes other than the default, such as \'{"heads": 8}\'')
+    parser.add_argument("--meta", type=json.loads, default={}, metavar="JSON", help='settings of stage 1 other than the default, such as \'{"rounds": 40}\'')
+    given = parser.parse_args(arguments)
+    given.processes = given.processes or (cores if given.device == "cpu" else 1)
+    make(given, run_command)
