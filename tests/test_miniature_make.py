@@ -30,7 +30,7 @@ def test_one_command_makes_a_miniature_that_opens_and_does_no_step_twice(tmp_pat
     data, work, output = tmp_path / "data", tmp_path / "work", tmp_path / "assets"
     output.mkdir()
     command = ["make", "--data", str(data), "--work", str(work), "--output", str(output), "--people", "0:50", "--scenes", "1", "--steps", "2",
-               "--processes", "1", "--device", "cpu", "--config", CONFIG, "--meta", META]
+               "--cores", "1", "--device", "cpu", "--config", CONFIG, "--meta", META]
     assert main(command) == 0
     assert read_parts(work).base == "base-guided"
     personalizer = Personalizer.open(output / "miniature", output / "meta-down", "cpu")
@@ -55,6 +55,6 @@ def test_a_step_that_fails_ends_the_command(tmp_path: Path):
 
 
 def test_people_are_shared_out_without_gaps(tmp_path: Path):
-    parser_given = make.argparse.Namespace(people="3:50", processes=4, data=tmp_path, scenes=1, config={}, device="cpu")
+    parser_given = make.argparse.Namespace(people="3:50", cores=4, data=tmp_path, scenes=1, config={}, device="cpu")
     ranges = [command[command.index("--people") + 1] for command in make.rendering(parser_given)]
     assert [seed for each in ranges for seed in range(*map(int, each.split(":")))] == list(range(3, 50))

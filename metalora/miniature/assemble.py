@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
     "meta": {"rounds": 8, "bucket_size": 48, "bucket_steps": 100, "warmup_steps": 30, "batch_size": 16, "learning_rate": 3e-3,
              "down_learning_rate": 5e-4},
 }
-COMMON = ("command", "seed", "training", "model", "steps", "samples", "minutes", "loss", "torch", "earlier")  # of every result.json
+COMMON = ("command", "seed", "training", "model", "steps", "samples", "minutes", "loss", "torch", "device", "earlier")  # of every result.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _training(name: str, figures: dict[str, Any]) -> str:
     """A training as the card tells it: command, seed, length, and what was measured."""
     earlier = figures.get("earlier")
     lines = [f"### {name}", f"    {figures['command']}", f"Seed {figures['seed']}, {figures['steps']:,} steps, {figures['samples']:,} samples, "
-             f"{figures['minutes']:g} minutes on a CPU with torch {figures['torch']}; last smoothed loss {figures['loss']:g}."
+             f"{figures['minutes']:g} minutes on {figures.get('device', 'a CPU')} with torch {figures['torch']}; last smoothed loss {figures['loss']:g}."
              + (f" It began from the weights of {earlier['samples']:,} samples in {earlier['minutes']:g} minutes." if earlier else "")]
     measured = _flat({key: value for key, value in figures.items() if key not in COMMON})
     return "\n\n".join([*lines, "\n".join(["| measured | |", "|---|---|", *(f"| {key} | {value} |" for key, value in measured)])])

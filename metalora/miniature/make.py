@@ -1,7 +1,8 @@
 """`python -m metalora.miniature make`: the whole miniature, from the first portrait to the Meta-Downs, with one command.
 
 It gives the other commands one after another, each with its share of the time. It can be killed and given again: what has finished
-is left out, what had begun goes on. On a CPU a training has a process a core, which is quicker than one of many threads.
+is left out, what had begun goes on. Pictures are rendered by a process a core, and on a CPU a training has as many, which is quicker
+than one of many threads; a GPU trains in one.
 """
 
 import argparse
@@ -26,8 +27,7 @@ Run = Callable[[list[str]], None]  # the arguments of a command, in this process
 def training(name: str, given: argparse.Namespace) -> list[str]:
     """The arguments of the training `name`, a key of SHARES."""
     command = [*name.split(), "--data", str(given.data), "--work", str(given.work), "--device", given.device, "--config", json.dumps(given.config)]
-    command += ["--threads", "1"] if given.processes > 1 else []
-    command += ["--batch-size", str(GPU_BATCHES[name])] if given.device != "cpu" else []
+    command += ["--threads", "1"] if given.device == "cpu" else ["--batch-size", str(GPU_BATCHES[name])]
     return command + (["--steps", str(given.steps)] if given.steps else ["--minutes", f"{given.minutes * SHARES[name]:.1f}"])
 
 
@@ -39,11 +39,11 @@ def finished(name: str, work: Path) -> bool:
 
 
 def rendering(given: argparse.Namespace) -> list[list[str]]:
-    """The commands that render the people in as many equal parts as there are processes."""
-    people, parts = seeds(given.people), given.processes
+    """The commands that render the people in as many equal parts as there are cores."""
+    people, parts = seeds(given.people), given.cores
     bounds = [people.start + len(people) * part // parts for part in range(parts + 1)]
     return [["render", "--output", str(given.data), "--people", f"{first}:{end}", "--scenes", str(given.scenes), "--size", str(given.config.get("size", 128)),
-             "--device", given.device] for first, end in zip(bounds, bounds[1:], strict=False)]
+             "--device", "cpu"] for first, end in zip(bounds, bounds[1:], strict=False)]
 
 
 def make(given: argparse.Namespace, run: Run) -> None:
@@ -59,16 +59,16 @@ def make(given: argparse.Namespace, run: Run) -> None:
 
 
 def _training(arguments: list[str], given: argparse.Namespace, run: Run) -> None:
-    if given.processes == 1:
+    if given.cores == 1 or given.device != "cpu":
         run(arguments)
     else:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(given.processes), "-m", "metalora.miniature"]
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(given.cores), "-m", "metalora.miniature"]
         _wait([_start([*launcher, *arguments])])
 
 
 def _side_by_side(commands: list[list[str]], given: argparse.Namespace, run: Run) -> None:
-    """Runs the commands, each in a process of one thread where there may be several."""
-    if given.processes == 1:
+    """Runs the commands, each in a process of one thread where there are several cores."""
+    if given.cores == 1:
         for command in commands:
             run(command)
     else:
@@ -94,7 +94,6 @@ def main(arguments: list[str]) -> None:
     """`python -m metalora.miniature make`: see --help."""
     from metalora.miniature.__main__ import run_command
 
-    cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(prog="python -m metalora.miniature make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and results")
@@ -104,9 +103,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--people", default="0:2200", metavar="FIRST:END", help="seeds of the people who are learnt from (%(default)s)")
     parser.add_argument("--scenes", type=int, default=6, help="pictures of each (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--processes", type=int, help="a core each on a CPU, one on a GPU, when not given")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="to use (%(default)s)")
     parser.add_argument("--config", type=json.loads, default={}, metavar="JSON", help='sizes other than the default, such as \'{"heads": 8}\'')
     parser.add_argument("--meta", type=json.loads, default={}, metavar="JSON", help='settings of stage 1 other than the default, such as \'{"rounds": 40}\'')
-    given = parser.parse_args(arguments)
-    given.processes = given.processes or (cores if given.device == "cpu" else 1)
-    make(given, run_command)
+    make(parser.parse_args(arguments), run_command)

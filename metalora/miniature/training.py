@@ -85,7 +85,8 @@ class Job:
         return {"command": _command_line(sys.argv[1:]), "seed": self.seed,
                 "training": dataclasses.asdict(config), "model": dataclasses.asdict(self.model),
                 "steps": result.steps, "samples": result.samples, "minutes": round(result.seconds / 60, 1),
-                "loss": round(result.loss, 5), "torch": torch.__version__} | ({"earlier": result.earlier} if result.earlier else {})
+                "loss": round(result.loss, 5), "torch": torch.__version__,
+                "device": "a CPU" if self.device == "cpu" else torch.cuda.get_device_name()} | ({"earlier": result.earlier} if result.earlier else {})
 
 
 @dataclasses.dataclass(frozen=True)
