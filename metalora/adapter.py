@@ -71,17 +71,17 @@ class Route:
     rows: Tensor | None = None  # (batch,) int64; None: identity 0 for all
 
 
-def delta(x: Tensor, down: Tensor, mid: Tensor, up: Tensor, keep_input: bool) -> Tensor:
-    """Up · Mid · Down · x, (..., d_out). What autograd keeps for the gradient of Mid is x, (..., d_in), or else Down·x, (..., r_m).
+def add_delta(y: Tensor, x: Tensor, down: Tensor, mid: Tensor, up: Tensor, scale: float, keep_input: bool) -> Tensor:
+    """y + s · Up · Mid · Down · x, (..., d_out). What autograd keeps for the gradient of Mid is x, (..., d_in), or else Down·x, (..., r_m).
 
     The former is faster: Mid·Down costs r·r_m·d_in once, Down·x costs r_m·d_in for every token. The latter saves a third of
-    a training step's memory, but only where Down is frozen.
+    a training step's memory, but only where Down is frozen. Up is applied, scaled and added in one pass over y.
     """
     if keep_input:
         inner = F.linear(x, (mid @ down).to(x.dtype))
     else:
         inner = F.linear(F.linear(x, down.to(x.dtype)), mid.to(x.dtype))
-    return F.linear(inner, up.to(x.dtype))
+    return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), up.to(x.dtype).T, alpha=scale).view(y.shape)
 
 
 class Frozen(torch.autograd.Function):
@@ -121,13 +121,14 @@ class ThreeFactorLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = Frozen.apply(x, self.base) if self.is_torchao else self.base(x)
         if self.route.rows is None:
-            return y + self.scale * delta(x, self.down, self.mid[0], self.up[0], keep_input=self.down.requires_grad or x.device.type == "cpu")
+            keep_input = self.down.requires_grad or x.device.type == "cpu"
+            return add_delta(y, x, self.down, self.mid[0], self.up[0], self.scale, keep_input)
         rows = self.route.rows
         a = (self.mid[rows] @ self.down).to(x.dtype)  # (batch, r, d_in)
         b = self.up[rows].to(x.dtype)  # (batch, d_out, r)
         tokens = x.reshape(len(rows), -1, x.shape[-1])  # (batch, tokens, d_in)
-        change = torch.bmm(torch.bmm(tokens, a.transpose(1, 2)), b.transpose(1, 2))
-        return y + self.scale * change.reshape(y.shape)
+        inner = torch.bmm(tokens, a.transpose(1, 2))  # (batch, tokens, r)
+        return torch.baddbmm(y.reshape(len(rows), -1, y.shape[-1]), inner, b.transpose(1, 2), alpha=self.scale).view(y.shape)
 
 
 class Adapter:
