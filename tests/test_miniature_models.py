@@ -357,6 +357,17 @@ def test_the_alignment_sees_the_clean_picture_of_its_row_and_only_where_there_ar
     assert alignment.loss(batch) < 1e-5
 
 
+def test_a_face_s_cells_count_more_and_a_mirrored_face_s_are_mirrored():
+    box, centred = [32.0, 16.0, 80.0, 100.0], [32.0, 32.0, 96.0, 96.0]
+    drawn, mirrored, other = base_training.face_weights(torch.tensor([box, box, centred]), torch.tensor([False, True, True]), 128, 16)[:, 0]
+    assert torch.equal(drawn, mirrored.flip(-1)) and torch.equal(other, other.flip(-1)) and drawn.mean() > 0
+    high = drawn > drawn.min()
+    assert high.any(1).nonzero().flatten().tolist() == [*range(2, 12)] and high.any(0).nonzero().flatten().tolist() == [*range(4, 10)]
+    assert drawn.max() / drawn.min() == base_training.FACE_WEIGHT
+    whole = base_training.face_weights(torch.rand(5, 4) * 128, torch.rand(5) < 0.5, 128, 16)
+    assert whole.shape == (5, 1, 16, 16) and whole.mean() == pytest.approx(1, abs=1e-5)
+
+
 def test_the_detector_s_onnx_finds_what_the_decoded_maps_say(work: Path, assets: Path):
     finder = FaceFinder(assets / "face", det_size=SIZE)
     assert isinstance(finder.detect(Image.new("RGB", (SIZE, SIZE), "grey")), list)

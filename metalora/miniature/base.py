@@ -1,7 +1,8 @@
 """Trains the miniature's transformer together with its T5 encoder, on cached latents of the portrait world.
 
 Flow matching as FLUX does it: noisy = (1 - sigma) x + sigma n, target n - x. Attention over some ninety tokens is
-quickest as plain products, and the blocks are compiled.
+quickest as plain products, and the blocks are compiled. The cells of the face count more in the loss than the rest: detail of hair and
+places, of which there is more, would be learnt before the face.
 
 What the transformer has made of the picture after its double-stream blocks is aligned with what the miniature's CLIP sees in the
 clean picture: "Representation Alignment for Generation" (Yu et al. 2024, section 3). Measured at equal steps, the validation loss
