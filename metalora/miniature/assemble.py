@@ -33,7 +33,7 @@ GUIDANCE = 2.5  # that a base which has learnt guidance is used with
 SETTINGS: dict[str, Any] = {
     "adapt": {"learning_rate": 3e-3, "batch_size": 4},
     "plain": {"steps": 375, "learning_rate": 1e-2, "batch_size": 4},  # with Meta-LoRA's own rate an ordinary LoRA learns too slowly
-    "meta": {"rounds": 22, "bucket_size": 48, "bucket_steps": 100, "warmup_steps": 30, "batch_size": 16, "learning_rate": 3e-3,
+    "meta": {"rounds": 11, "bucket_size": 96, "bucket_steps": 100, "warmup_steps": 30, "batch_size": 16, "learning_rate": 3e-3,
              "down_learning_rate": 5e-4, "start_rate": 0.5},
 }
 COMMON = ("command", "seed", "training", "model", "steps", "samples", "minutes", "loss", "torch", "device", "earlier")  # of every result.json
