@@ -154,7 +154,7 @@ def test_a_pack_that_lacks_or_is_damaged_is_one_sentence(pack, tmp_path, capsys)
 
 @pytest.fixture(scope="module")
 def embedded() -> FaceFinder:
-    return FaceFinder(ASSETS / "face", 96)
+    return FaceFinder(ASSETS / "face", 128)
 
 
 def test_the_embedded_pack_finds_every_sample_person_and_knows_them(embedded):
@@ -179,4 +179,4 @@ def test_the_embedded_pack_copes_with_close_ups_groups_and_empty_pictures(embedd
     with pytest.raises(MetaLoraError, match="2 faces"):
         embedded.pick(both)
     assert embedded.pick(both, 1).embedding @ face.embedding > 0.6
-    assert embedded.detect(Image.new("RGB", (96, 96), GREY)) == []
+    assert embedded.detect(Image.new("RGB", (128, 128), GREY)) == []
