@@ -30,10 +30,11 @@ from metalora.miniature.clip import train_clip
 from metalora.miniature.facepack import separation
 from metalora.miniature.features import Latents, cached, encode_latents
 from metalora.miniature.meta_down import People
+from metalora.miniature.optimizer import Muon, Optimizer
 from metalora.miniature.people import HELD_OUT, person, scene
 from metalora.miniature.pipeline import build_pipeline, clip_tokenizer, save_pipeline, t5_tokenizer
 from metalora.miniature.shards import draw_captioned, load_shards
-from metalora.miniature.training import Job, Muon, Optimizer, Trainer, TrainingConfig, write_result
+from metalora.miniature.training import Job, Trainer, TrainingConfig, write_result
 from metalora.miniature.vae import load_vae, random_crops, train_decoder, train_vae, trained_vae, vae_loss
 from metalora.prompts import Captioner
 from tests.conftest import TINY, in_processes, state_hash
