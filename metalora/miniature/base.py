@@ -158,15 +158,25 @@ def small_products(device: torch.device) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowTask:
-    """The first phase: captions and pictures, guidance 1, and the alignment of what the transformer makes of them."""
+class Task:
+    """What both phases learn from: captioned pictures, of which a face's cells count more than the rest."""
 
     denoiser: Denoiser
-    alignment: Alignment
     shards: Shards
-    boxes: torch.Tensor  # (pictures, 4) of the faces, px
     latents: Latents
     batch_size: int
+
+    def error(self, batch: Batch, velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The mean squared error of a predicted velocity, both (n, channels, h, w)."""
+        weights = face_weights(self.shards.boxes[batch.chosen], batch.mirrored, self.shards.images.shape[-1], target.shape[-1])
+        return (weights * (velocity - target).square()).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowTask(Task):
+    """The first phase: guidance 1, and the alignment of what the transformer makes of the pictures."""
+
+    alignment: Alignment
 
     def loss(self, generator: torch.Generator) -> torch.Tensor:
         batch = draw_captioned(self.shards.records, self.batch_size, generator, TRIGGER_SHARE, DROPPED_SHARE)
@@ -176,24 +186,18 @@ class FlowTask:
             text = self.denoiser.encode(batch.captions)
             velocity = self.denoiser.velocity(noisy, sigma, text, torch.ones_like(sigma))
             apart = self.alignment.loss(batch)
-        weights = face_weights(self.boxes[batch.chosen], batch.mirrored, self.shards.images.shape[-1], x.shape[-1])
-        return (weights * (velocity - (noise - x)).square()).mean() + ALIGNMENT_WEIGHT * apart
+        return self.error(batch, velocity, noise - x) + ALIGNMENT_WEIGHT * apart
 
 
 @dataclasses.dataclass(frozen=True)
-class GuidanceTask:
+class GuidanceTask(Task):
     """The second phase: the guided velocity of a frozen teacher, for guidance that the model is told.
 
     Part of each batch goes on with the first phase's loss, so that guidance 1 keeps learning from pictures.
     Source: "On Distillation of Guided Diffusion Models" (Meng et al. 2023), its first stage.
     """
 
-    denoiser: Denoiser
     teacher: Denoiser
-    shards: Shards
-    boxes: torch.Tensor  # (pictures, 4) of the faces, px
-    latents: Latents
-    batch_size: int
 
     def loss(self, generator: torch.Generator) -> torch.Tensor:
         true_rows = round(TRUE_SHARE * self.batch_size)
@@ -209,8 +213,7 @@ class GuidanceTask:
         with small_products(self.denoiser.device):
             target[true_rows:] = self._guided(noisy, sigma, captions, guidance)[true_rows:]
             velocity = self.denoiser.velocity(noisy, sigma, self.denoiser.encode(captions), guidance)
-        weights = face_weights(self.boxes[batch.chosen], batch.mirrored, self.shards.images.shape[-1], x.shape[-1])
-        return (weights * (velocity - target).square()).mean()
+        return self.error(batch, velocity, target)
 
     @torch.no_grad()
     def _guided(self, noisy: torch.Tensor, sigma: torch.Tensor, captions: list[str],
@@ -300,7 +303,7 @@ def train_base(job: Job, distill: bool = False, compiled: bool = True) -> dict:
     helper = None
     if distill:
         teacher = Denoiser(trained_base(job), job.model.max_sequence_length).requires_grad_(False)
-        task = GuidanceTask(denoiser, teacher, training, training.boxes, latents, config.batch_size)
+        task = GuidanceTask(denoiser, training, latents, config.batch_size, teacher)
     else:
         torch.manual_seed(job.seed)
         initialise(pipeline.transformer)
@@ -308,7 +311,7 @@ def train_base(job: Job, distill: bool = False, compiled: bool = True) -> dict:
         with PartialState(cpu=True).main_process_first():
             views = cached("views", job, clip.vision_model.embeddings.patch_embedding.weight, partial(encode_patches, clip))["views"][:, learnt]
         helper = Alignment(pipeline.transformer, views).to(job.device)
-        task = FlowTask(denoiser, helper, training, training.boxes, latents, config.batch_size)
+        task = FlowTask(denoiser, training, latents, config.batch_size, helper)
     if compiled:
         for each in [denoiser, *([teacher] if distill else [])]:
             each.transformer.compile_repeated_blocks(fullgraph=True)

@@ -1,6 +1,7 @@
 """Pictures of the portrait world as the renderer wrote them, in memory."""
 
 import dataclasses
+import functools
 import json
 import random
 from pathlib import Path
@@ -36,7 +37,7 @@ class Shards:
     def persons(self) -> torch.Tensor:
         return torch.tensor([record["person"] for record in self.records])  # (n,)
 
-    @property
+    @functools.cached_property
     def boxes(self) -> torch.Tensor:
         return torch.tensor([record["box"] for record in self.records], dtype=torch.float32)  # (n, 4) px
 
