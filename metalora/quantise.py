@@ -28,11 +28,12 @@ def configs_for(precision: Precision, dtype: torch.dtype, family: Family) -> dic
 
 
 def _fp8() -> dict[str, Any]:
-    """float8 e4m3 weights with a scale for every row; computed in 16 bits."""
+    """float8 e4m3 weights with a scale for every row. Cards that multiply float8 numbers quantise the input too, row by row; others compute in 16 bits."""
     from diffusers import TorchAoConfig
-    from torchao.quantization import Float8WeightOnlyConfig
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
 
-    return {"transformer": TorchAoConfig(Float8WeightOnlyConfig())}
+    multiplies = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+    return {"transformer": TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()) if multiplies else Float8WeightOnlyConfig())}
 
 
 def _four_bit(dtype: torch.dtype, text_encoder: str) -> dict[str, Any]:

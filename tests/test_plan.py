@@ -374,6 +374,42 @@ def test_a_frozen_fp8_layer_has_the_gradient_of_its_weights_and_keeps_none(base)
     torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], grad @ weight)
 
 
+def fp8_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix in float8 with a float32 scale for every row."""
+    scale = weight.abs().amax(dim=1, keepdim=True) / 448
+    return (weight / scale).to(torch.float8_e4m3fn), scale
+
+
+def test_a_gradient_through_float8_products_is_that_of_the_weights():
+    torch.manual_seed(0)
+    data, scale = fp8_rows(torch.randn(48, 32) * torch.logspace(-2, 2, 48)[:, None])  # rows of very different size
+    grad = torch.randn(2, 5, 48) * torch.logspace(-6, 0, 10).view(2, 5, 1)  # tokens too
+    exact = grad @ (data.float() * scale)
+    found = adapter.fp8_gradient(grad.bfloat16(), data, scale).float()
+    assert found.shape == (2, 5, 32)
+    assert torch.cosine_similarity(found, exact, dim=-1).min() > 0.998
+    torch.testing.assert_close(found.norm(dim=-1), exact.norm(dim=-1), rtol=0.03, atol=0)
+    assert (adapter.fp8_gradient(torch.zeros(3, 48), data, scale) == 0).all()
+
+
+def test_a_layer_that_multiplies_float8_numbers_learns_through_them():
+    """torchao makes such a layer on a card only; its tensor is at home on a CPU too."""
+    workflow = pytest.importorskip("torchao.quantization.quantize_.workflows")
+    from torchao.float8.inference import Float8MMConfig
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 32, bias=True, dtype=torch.bfloat16).requires_grad_(False)
+    x, grad = torch.randn(7, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(7, 32, dtype=torch.bfloat16)
+    wanted = torch.autograd.grad(layer(x), x, grad)[0]
+    inputs = workflow.QuantizeTensorToFloat8Kwargs(mm_config=Float8MMConfig(use_fast_accum=True))
+    weight = workflow.Float8Tensor.from_hp(layer.weight, mm_config=inputs.mm_config, act_quant_kwargs=inputs)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    y = adapter.Frozen.apply(x, layer)
+    assert adapter.is_torchao(layer) and torch.equal(y, layer(x))
+    found = torch.autograd.grad(y, x, grad)[0]
+    assert torch.cosine_similarity(found.float(), wanted.float(), dim=-1).min() > 0.99
+
+
 @pytest.mark.parametrize("name", ["fp8", "fp8-checkpointing"])
 def test_a_person_is_learnt_and_drawn_with_fp8_weights(base, meta_down, photo, config, name):
     pytest.importorskip("torchao")
