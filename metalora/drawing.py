@@ -13,6 +13,7 @@ import torch
 
 from .base import Base
 from .generate import Person, render, unload_people, use_people
+from .plan import PACKAGES
 from .standin import Case, random_person, random_text
 
 
@@ -39,7 +40,8 @@ def measure(base: Base, case: Case, warmup: int, pictures: int, guidance: float 
     guidance = settings.guidance if guidance is None else guidance
     text = random_text(base, case.text_tokens, len(base.family.prompts_of_a_picture(base.pipeline, "", guidance)))
     people = [random_person(base, case.rank, seed) for seed in range(2)]
-    ways = {name: way for name, way in WAYS.items() if compiled or not way.compiled}
+    quantised = base.plan.precision in PACKAGES  # such weights take nobody in
+    ways = {name: way for name, way in WAYS.items() if (compiled or not way.compiled) and not (quantised and way.folds)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(warmup + pictures):
         for name, way in ways.items():

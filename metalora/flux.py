@@ -18,6 +18,7 @@ FLUX_DEV: dict[str, dict[str, Any]] = {
     "vae": {
         "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,
         "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "scaling_factor": 0.3611, "shift_factor": 0.1159,
     },
     "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 49408},
     "text_encoder_2": {

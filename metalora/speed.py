@@ -195,7 +195,7 @@ def compare(base: Base, cases: Sequence[Case], ways: Sequence[str], warmup: int,
             figures = {"way": way, "ms a step": median, "9th decile": sorted(each)[int(0.9 * (len(each) - 1))], "share of roofline": least / median}
             rows.append({**asdict(case), **figures, **more.get(way, {})})
             print(_line(rows[-1]), flush=True)
-    return {"base": base.name, "dtype": str(base.dtype), "matrix tera-operations a second": rate / 1e12, "steps": rows}
+    return {"base": base.name, "dtype": str(base.dtype), "weights": base.plan.precision, "matrix tera-operations a second": rate / 1e12, "steps": rows}
 
 
 def _measured(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[list[float], dict[str, Any]] | None:
@@ -234,6 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(prog="python -m metalora.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=DEFAULT_BASE, help=f"{' or '.join(FULL_SIZE)} (random weights), miniature, a Hub id or a folder (%(default)s)")
+    parser.add_argument("--fp8", action="store_true", help=f"float8 weights for {' or '.join(FULL_SIZE)}; for what can learn and draw with them")
     parser.add_argument("--resolution", type=int, action="append", help="px, repeatable; the base's own when not given")
     parser.add_argument("--text", type=int, action="append", help="text tokens, repeatable; the base's own when not given")
     parser.add_argument("--batch", type=int, action="append", help="repeatable; 1 when not given")
@@ -254,9 +255,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("--plot wants --growth beside it, and a file that ends in .svg or .png.")
     if given.script and given.base in FULL_SIZE:
         sys.exit("diffusers' script reads its base from a folder; leave out --script, or choose another --base.")
+    if given.fp8 and given.base not in FULL_SIZE:
+        sys.exit(f"--fp8 goes with --base {' or --base '.join(FULL_SIZE)}; any other base is opened as the plan for this machine has it.")
     try:
         full_size = FULL_SIZE.get(given.base)
-        base = random_base(given.base, full_size, torch.device(given.device)) if full_size else Base.open(given.base, given.device)
+        base = random_base(given.base, full_size, torch.device(given.device), "fp8" if given.fp8 else "bf16") if full_size else Base.open(given.base, given.device)
         if given.script:
             peer.check(base)
     except MetaLoraError as error:
@@ -265,7 +268,8 @@ def main(arguments: list[str] | None = None) -> None:
     asked = [given.resolution or [s.train_resolution], given.text or [s.max_sequence_length], given.batch or [1]]
     cases = [Case(*sizes) for sizes in product(*asked, given.rank or [s.adapter.rank], given.meta_rank or [s.adapter.meta_rank])]
     cases = [each for case in cases for each in growth.cases(case)] if given.growth else cases
-    ways = given.way or [name for name, way in WAYS.items() if not way.compiled or base.device.type == "cuda"]
+    possible = [name for name, way in WAYS.items() if way.train is meta_lora or not given.fp8]
+    ways = given.way or [name for name in possible if not WAYS[name].compiled or base.device.type == "cuda"]
     with nullcontext() if given.base in FULL_SIZE else base.resident("transformer", "vae"):
         found = compare(base, cases, ways, given.warmup, given.steps, given.script, given.rounds)
         found["pictures"] = draw(base, cases[:1], min(2, given.warmup), given.draw) if given.draw else []

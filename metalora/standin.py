@@ -16,7 +16,8 @@ from .config import BaseSettings
 from .families import KNOWN
 from .family import Family, Text
 from .generate import Person
-from .plan import Choice, Model, Plan, Work
+from .plan import Choice, Model, Plan, Precision, Work
+from .quantise import configs_for
 
 FULL_SIZE = {"flux-dev": KNOWN["black-forest-labs/FLUX.1-dev"], "klein-4b": KNOWN["black-forest-labs/FLUX.2-klein-4B"]}
 PICTURES = 8  # of a training set, at least
@@ -34,11 +35,13 @@ class Case:
     people: int = 1  # that are learnt at a time, each row of a batch another's
 
 
-def random_base(name: str, family: Family, place: torch.device) -> Base:
+def random_base(name: str, family: Family, place: torch.device, precision: Precision = "bf16") -> Base:
     """The transformer and VAE of the family's known base in bfloat16 with diffusers' own random weights; texts are never encoded here.
 
-    Its weights are drawn as for training, never zeros: those make a GPU draw less power and run faster.
+    Its weights are drawn as for training, never zeros: those make a GPU draw less power and run faster. `precision` is the
+    transformer's, bf16 or fp8. Raises MetaLoraError where the library for it is missing.
     """
+    configs = configs_for(precision, torch.bfloat16, family)
     import diffusers
 
     before = torch.get_default_dtype()
@@ -49,10 +52,15 @@ def random_base(name: str, family: Family, place: torch.device) -> Base:
     finally:
         torch.set_default_dtype(before)
     parts = {part: network.eval().requires_grad_(False) for part, network in parts.items()}
+    if configs:
+        from torchao.quantization import quantize_
+
+        quantize_(parts["transformer"], configs["transformer"].quant_type)
     absent = dict.fromkeys([*family.text_encoders, *(part.replace("text_encoder", "tokenizer") for part in family.text_encoders)])
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     pipeline = getattr(diffusers, family.pipeline)(scheduler=scheduler, **parts, **absent)
-    plan = Plan("resident", "bf16", ("transformer", "vae"))
+    pipeline.set_progress_bar_config(disable=True)
+    plan = Plan("resident", precision, ("transformer", "vae"))
     choice = Choice(plan, Model(family, family.configs).needs(Work.of(BaseSettings())), {})
     return Base(pipeline, family, BaseSettings(), name, "random", place, Path(), choice, plan)
 

@@ -83,9 +83,29 @@ def test_the_full_size_models_are_built_from_their_configs_alone(monkeypatch, tm
     small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
     monkeypatch.setattr(family, "configs", {**family.configs, "transformer": {**family.configs["transformer"], **small}})
     out = tmp_path / "speed.json"
-    speed.main(["--base", name, "--resolution", "32", "--text", "4", "--steps", "1", "--warmup", "0", "--rounds", "1", "--device", "cpu", "--json", str(out)])
+    speed.main(["--base", name, "--resolution", "32", "--text", "4", "--steps", "1", "--warmup", "0", "--rounds", "1", "--draw", "1", "--device", "cpu", "--json", str(out)])
     found = json.loads(out.read_text())
+    assert [row["way"] for row in found["pictures"]] == [name for name, way in drawing.WAYS.items() if not way.compiled]
     assert found["dtype"] == str(torch.bfloat16) and len(found["steps"]) == sum(not way.compiled for way in speed.WAYS.values()) and "packages" in found["machine"]
+
+
+@pytest.mark.one_family
+def test_a_full_size_model_learns_and_draws_in_float8(monkeypatch, tmp_path):
+    pytest.importorskip("torchao")
+    family = speed.FULL_SIZE["flux-dev"]
+    small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(family, "configs", {**family.configs, "transformer": {**family.configs["transformer"], **small}})
+    out = tmp_path / "speed.json"
+    sizes = ["--resolution", "32", "--text", "4", "--steps", "1", "--warmup", "0", "--rounds", "1", "--draw", "1"]
+    speed.main(["--base", "flux-dev", "--fp8", *sizes, "--device", "cpu", "--json", str(out)])
+    found = json.loads(out.read_text())
+    assert found["weights"] == "fp8" and [row["way"] for row in found["steps"]] == ["Meta-LoRA", "Meta-LoRA, checkpointing"]
+    assert [row["way"] for row in found["pictures"]] == ["the base, nobody", "a person, loaded by diffusers"]
+
+
+def test_float8_weights_are_for_the_full_size_models():
+    with pytest.raises(SystemExit, match="--fp8 goes with --base flux-dev"):
+        speed.main(["--fp8"])
 
 
 def test_pictures_are_drawn_in_all_ways_and_nothing_is_left_behind(base):
