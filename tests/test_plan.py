@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import partial
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchao.float8.inference import Float8MMConfig
+from torchao.quantization.quantize_.workflows import Float8Tensor, QuantizeTensorToFloat8Kwargs
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from metalora import MetaLoraError, adapter, plan
@@ -117,14 +121,12 @@ def test_fewer_bits_take_fewer_bytes(known):
 
 
 def test_predicted_fp8_weights_are_those_that_torchao_makes(base):
-    pytest.importorskip("torchao")
     transformer = on_gpu(base, "fp8").transformer
     parts = [t for p in transformer.parameters() for t in ((p.qdata, p.scale) if hasattr(p, "qdata") else (p,))]
     assert Model.of(base.folder).weights("transformer", "fp8") == sum(t.numel() * t.element_size() for t in parts)
 
 
 def test_predicted_4_bit_weights_are_those_that_bitsandbytes_makes():
-    bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Linear4bit(512, 768, quant_type="nf4", compress_statistics=True).to("cpu")
     state = [t for t in layer.weight.quant_state.as_dict().values() if isinstance(t, torch.Tensor)]
     bytes_there = sum(t.numel() * t.element_size() for t in [layer.weight, *state]) + 4  # an offset beside the tables
@@ -276,7 +278,7 @@ def test_a_missing_library_is_a_sentence(monkeypatch):
     family = KNOWN[FLUX_DEV]
 
     def missing(name):
-        raise __import__("importlib.metadata").metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.version", missing)
     with pytest.raises(MetaLoraError, match="pip install bitsandbytes=="):
@@ -323,7 +325,6 @@ def test_memory_that_runs_out_below_the_last_plan_is_a_sentence(base, meta_down,
 
 
 def test_going_down_to_fewer_bits_keeps_what_was_learnt(base, meta_down, photo, config, monkeypatch):
-    pytest.importorskip("torchao")
     carded = on_gpu(base, "lean-checkpointing")
     short = replace(config, steps=4)
     _, whole = run(adapt(carded, meta_down, photo, short))
@@ -363,7 +364,6 @@ def test_a_picture_that_the_memory_does_not_do_for_is_drawn_again(base, meta_dow
 
 
 def test_a_frozen_fp8_layer_has_the_gradient_of_its_weights_and_keeps_none(base):
-    pytest.importorskip("torchao")
     layer = find_targets(on_gpu(base, "fp8").transformer, base.settings.adapter.targets)["transformer_blocks.0.attn.to_q"]
     weight, x = layer.weight.dequantize(), torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
     kept: list[torch.Tensor] = []
@@ -394,15 +394,12 @@ def test_a_gradient_through_float8_products_is_that_of_the_weights():
 
 def test_a_layer_that_multiplies_float8_numbers_learns_through_them():
     """torchao makes such a layer on a card only; its tensor is at home on a CPU too."""
-    workflow = pytest.importorskip("torchao.quantization.quantize_.workflows")
-    from torchao.float8.inference import Float8MMConfig
-
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 32, bias=True, dtype=torch.bfloat16).requires_grad_(False)
     x, grad = torch.randn(7, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(7, 32, dtype=torch.bfloat16)
     wanted = torch.autograd.grad(layer(x), x, grad)[0]
-    inputs = workflow.QuantizeTensorToFloat8Kwargs(mm_config=Float8MMConfig(use_fast_accum=True))
-    weight = workflow.Float8Tensor.from_hp(layer.weight, mm_config=inputs.mm_config, act_quant_kwargs=inputs)
+    inputs = QuantizeTensorToFloat8Kwargs(mm_config=Float8MMConfig(use_fast_accum=True))
+    weight = Float8Tensor.from_hp(layer.weight, mm_config=inputs.mm_config, act_quant_kwargs=inputs)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     y = adapter.Frozen.apply(x, layer)
     assert adapter.is_torchao(layer) and torch.equal(y, layer(x))
@@ -410,11 +407,21 @@ def test_a_layer_that_multiplies_float8_numbers_learns_through_them():
     assert torch.cosine_similarity(found.float(), wanted.float(), dim=-1).min() > 0.99
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8-checkpointing"])
-def test_a_person_is_learnt_and_drawn_with_fp8_weights(base, meta_down, photo, config, name):
-    pytest.importorskip("torchao")
-    carded = on_gpu(base, name)
-    assert carded.transformer.is_gradient_checkpointing or name == "fp8"
+def in_four_bits(base: Base) -> Base:
+    """As `on_gpu` under the plan 4-bit. diffusers makes such weights on a card alone, so they are made from those of 16 bits here."""
+    carded = on_gpu(base, "resident")
+    for name, layer in find_targets(carded.transformer, "").items():
+        held = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, torch.bfloat16, quant_type="nf4")
+        held.load_state_dict(layer.state_dict())
+        carded.transformer.set_submodule(name, held.to("cpu"))
+    carded.transformer.requires_grad_(False)
+    return carded
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-checkpointing", "4-bit"])
+def test_a_person_is_learnt_and_drawn_with_fewer_bits(base, meta_down, photo, config, name):
+    carded = in_four_bits(base) if name == "4-bit" else on_gpu(base, name)
+    assert carded.transformer.is_gradient_checkpointing == name.endswith("checkpointing")
     reports, identity = run(adapt(carded, meta_down, photo, config))
     _, plain = run(adapt_plain(carded, carded.settings.adapter, "woman", photo, config))
     assert reports[0].loss > 0 and any(up.abs().max() > 0 for _, up in identity.factors.values()) and plain.is_plain

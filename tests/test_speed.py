@@ -91,7 +91,6 @@ def test_the_full_size_models_are_built_from_their_configs_alone(monkeypatch, tm
 
 @pytest.mark.one_family
 def test_a_full_size_model_learns_and_draws_in_float8(monkeypatch, tmp_path):
-    pytest.importorskip("torchao")
     family = speed.FULL_SIZE["flux-dev"]
     small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
     monkeypatch.setattr(family, "configs", {**family.configs, "transformer": {**family.configs["transformer"], **small}})
