@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from metalora.base import Base
 from metalora.errors import MetaLoraError
 from metalora.miniature import attribute_check, attributes, world_check
 from metalora.miniature.__main__ import main
 from metalora.miniature.attributes import HEADS, NONE, UNSEEN, AttributeTask, Classifier, label, labels, train_attributes
-from metalora.miniature.people import person, scene
+from metalora.miniature.people import HELD_OUT, person, scene
+from metalora.miniature.pipeline import MiniatureConfig
 from metalora.miniature.render import render
 from metalora.miniature.shards import Shards
 from metalora.miniature.training import Job, write_result
@@ -144,6 +146,19 @@ def test_a_classifier_of_another_size_than_the_base_is_refused(tmp_path: Path, c
     write_result(tmp_path / attributes.NAME, Classifier(SIZE), {"model": dataclasses.asdict(TOY)})
     assert main(["attribute-check", "--work", str(tmp_path)]) == 2
     assert f"draws at {2 * SIZE} px" in capsys.readouterr().err
+
+
+def test_what_the_miniature_draws_is_shown_below_true_renders(tmp_path: Path, capsys):
+    size = Base.open("miniature").settings.resolution
+    write_result(tmp_path / attributes.NAME, Classifier(size), {"model": dataclasses.asdict(MiniatureConfig())})
+    files = ["--json", str(tmp_path / "found.json"), "--sheet", str(tmp_path / "sheet.png")]
+    assert main(["attribute-check", "--work", str(tmp_path), "--pictures", "3", *files]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["generated"]["style"]["asked"] == found["true renders"]["style"]["asked"] > 0 and "all" in capsys.readouterr().out
+    sheet = Image.open(tmp_path / "sheet.png")
+    true, _, _ = render([(who := person(HELD_OUT + 5000 + k), scene(who, k)) for k in range(3)], size)
+    shown = np.asarray(sheet.crop((0, 0, 3 * size, size)))
+    assert sheet.size == (3 * size, 2 * size) and (shown == np.concatenate([image.permute(1, 2, 0).numpy() for image in true], axis=1)).all()
 
 
 # world-check and sheet

@@ -19,6 +19,7 @@ from metalora.base import Base
 from metalora.errors import MetaLoraError
 from metalora.generate import GenerateConfig, generate
 from metalora.miniature.attributes import HEADS, NAME, Classifier, label, trained_classifier
+from metalora.miniature.base import contact_sheet
 from metalora.miniature.captions import AGES, ANY_STYLE, BACKGROUNDS, BEARDS, CLOTH_COLOURS, EXPRESSIONS, HAIR_COLOURS, HAIR_WORDS, HATS, OPENINGS
 from metalora.miniature.captions import SKINS, TOPS, TURNS, caption
 from metalora.miniature.people import HELD_OUT, person, scene
@@ -26,6 +27,7 @@ from metalora.miniature.pipeline import MiniatureConfig
 from metalora.miniature.render import render
 from metalora.miniature.training import Job, read_figures
 
+SHOWN, COLUMNS = 20, 10  # pictures on the sheet
 DRAFTS = 4  # captions of a scene, of which the longest is drawn from
 Check = dict[str, dict[str, float]]
 
@@ -87,15 +89,22 @@ def _share(hits: list[bool]) -> dict[str, float]:
     return {"asked": len(hits), "found": round(sum(hits) / len(hits), 4), "low": round(interval.low, 4), "high": round(interval.high, 4)}
 
 
-def check_base(classifier: Classifier, base: Base, pictures: int, guidance: float | None, seed: int) -> dict[str, Check]:
-    """Agreement of pictures drawn from captions of held-out people's scenes, and of the true renders of these."""
+def check_base(classifier: Classifier, base: Base, pictures: int, guidance: float | None, seed: int) -> tuple[dict[str, Check], Image.Image]:
+    """Agreement of pictures drawn from captions of held-out people's scenes, and of the true renders of these.
+
+    Beside it the first ones to look at: in every pair of rows true renders above, and what was drawn from their captions below.
+    """
     scenes = [(who := person(HELD_OUT + 5000 + k), scene(who, k % 7)) for k in range(pictures)]
     drafts = [[caption(view.attributes, random.Random(f"{seed} {k} {n}")) for n in range(DRAFTS)] for k, (_, view) in enumerate(scenes)]
     texts = [max(each, key=len) for each in drafts]
     size = base.settings.resolution
     true = torch.cat([render(scenes[k:k + 16], size)[0] for k in range(0, pictures, 16)])
     drawn = [image for k, text in enumerate(texts) for image in generate(base, [text], config=GenerateConfig(seed=seed + k, guidance=guidance))]
-    return {"generated": agreement(classifier, stacked(drawn), texts), "true renders": agreement(classifier, true, texts)}
+    columns = min(COLUMNS, pictures)
+    rendered = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in true]
+    rows = [row for k in range(0, min(SHOWN, pictures) - columns + 1, columns) for row in (rendered[k:k + columns], drawn[k:k + columns])]
+    found = {"generated": agreement(classifier, stacked(drawn), texts), "true renders": agreement(classifier, true, texts)}
+    return found, contact_sheet([image for row in rows for image in row], columns)
 
 
 def check_evaluation(classifier: Classifier, folder: Path, size: int) -> dict[str, Check]:
@@ -114,7 +123,7 @@ def check_evaluation(classifier: Classifier, folder: Path, size: int) -> dict[st
 
 def stacked(images: Iterable[Image.Image]) -> torch.Tensor:
     """Pictures of one size as uint8 (n, 3, size, size)."""
-    return torch.stack([torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1) for image in images])
+    return torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
 
 
 def _table(found: dict[str, Check]) -> Iterator[str]:
@@ -135,6 +144,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--guidance", type=float, help="the base's own when not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help=f"a picture of the first {SHOWN} true renders, and below each what was drawn from its caption")
     given = parser.parse_args(arguments)
     config = MiniatureConfig.of(read_figures(given.work / NAME)["model"])
     classifier = trained_classifier(Job(data=(), work=given.work, minutes=0.0, model=config))
@@ -145,7 +155,9 @@ def main(arguments: list[str]) -> None:
         if base.settings.resolution != config.size:
             raise MetaLoraError(f"{given.base} draws at {base.settings.resolution} px and the classifier in {given.work} reads {config.size} px; "
                                 f"train one on pictures rendered with --size {base.settings.resolution}.")
-        found = check_base(classifier, base, given.pictures, given.guidance, given.seed)
+        found, sheet = check_base(classifier, base, given.pictures, given.guidance, given.seed)
+        if given.sheet:
+            sheet.save(given.sheet)
     print("\n".join(_table(found)))
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")

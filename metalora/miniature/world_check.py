@@ -2,7 +2,7 @@
 
 The detector is MTCNN of facenet-pytorch, the recogniser dlib's. Both come with their weights:
 
-    pip install --no-deps facenet-pytorch==2.6.0 face_recognition_models==0.3.0 dlib-bin==20.0.1.post1 && pip install "setuptools<81" torchvision
+    pip install --no-deps facenet-pytorch==2.6.0 face_recognition_models==0.3.0 dlib-bin==20.0.1.post1 && pip install "setuptools<81" torchvision==0.28.0
 
 Hair, glasses, hats, clothes, light and place are drawn anew for every picture, so that faces alone tell the people apart.
 """
