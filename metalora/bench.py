@@ -23,7 +23,7 @@ from . import hub
 from .config import DEFAULT_BASE
 from .doctor import machine
 from .errors import MetaLoraError
-from .generate import unload_people
+from .generate import seeded, unload_people
 from .personalizer import Personalizer
 from .prompts import fill
 from .samples import sample_people
@@ -88,10 +88,11 @@ def plain_picture(personalizer: Personalizer, place: str, lora: Path, words: str
     pipeline = type(base.pipeline).from_pretrained(hub.base_folder(place), dtype=base.dtype, local_files_only=True).to(base.device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
-    return pipeline(
-        prompt=fill(PROMPT, words), width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
-        max_sequence_length=s.max_sequence_length, generator=torch.Generator().manual_seed(seed),
-    ).images[0]  # fmt: skip
+    with seeded(seed, base.device) as generator:
+        return pipeline(
+            prompt=fill(PROMPT, words), width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
+            max_sequence_length=s.max_sequence_length, generator=generator,
+        ).images[0]  # fmt: skip
 
 
 def measure(base: str, meta_down: str | None, photo: str, domain: str, folder: Path) -> dict[str, Any]:

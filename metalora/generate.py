@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,19 +120,31 @@ def generate(
             yield image
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
+    """What a picture of that seed draws from: a generator for the noise it begins with, and meanwhile torch's own for schedulers that add noise on the way.
+
+    The former is on the CPU, so that a picture begins with the same noise on every device. Afterwards torch's own is as it was.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed ^ 2**62)  # another stream than the generator's
+        yield torch.Generator().manual_seed(seed)
+
+
 @torch.no_grad()
 def render(base: Base, text: Any, width: int, height: int, steps: int, guidance: float, seed: int, callback: Any = None) -> Image.Image:
     """One picture of the transformer as it stands, whatever is attached to it."""
-    return base.pipeline(
-        **base.family.arguments(text),
-        width=width,
-        height=height,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        max_sequence_length=base.settings.max_sequence_length,
-        generator=torch.Generator().manual_seed(seed),  # on the CPU: the same noise on every device
-        callback_on_step_end=callback,
-    ).images[0]
+    with seeded(seed, base.device) as generator:
+        return base.pipeline(
+            **base.family.arguments(text),
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=base.settings.max_sequence_length,
+            generator=generator,
+            callback_on_step_end=callback,
+        ).images[0]
 
 
 def _resolve(base: Base, config: GenerateConfig) -> tuple[int, int, int, float]:

@@ -13,6 +13,7 @@ from metalora.config import BaseSettings
 from metalora.families import FAMILIES, settings_of
 from metalora.flux import pack
 from metalora.flux2 import patch
+from metalora.generate import seeded
 
 from .test_identity import make
 
@@ -64,9 +65,12 @@ def test_guidance_takes_the_prompts_that_it_needs(base):
     alone = base.family.arguments(base.encode_for_picture("a park", 1.0))
     torch.testing.assert_close(given["prompt_embeds"], alone["prompt_embeds"], atol=1e-4, rtol=1e-4)
     picture = dict(width=32, height=32, num_inference_steps=2, max_sequence_length=32, output_type="pt")
-    ours, plain = (
-        base.pipeline(**what, guidance_scale=3.0, generator=torch.Generator().manual_seed(0), **picture).images for what in (given, {"prompt": "a park"})
-    )
+
+    def draw(what):
+        with seeded(0, base.device) as generator:
+            return base.pipeline(**what, guidance_scale=3.0, generator=generator, **picture).images
+
+    ours, plain = draw(given), draw({"prompt": "a park"})
     torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-3)
 
 

@@ -15,7 +15,7 @@ from metalora import generate as generation
 from metalora.adapter import attach
 from metalora.base import Base
 from metalora.fold import factors
-from metalora.generate import GenerateConfig, Person, generate, render, save_png, unload_people, use_people
+from metalora.generate import GenerateConfig, Person, generate, render, save_png, seeded, unload_people, use_people
 
 from .conftest import make_meta_down, state_hash
 from .test_identity import make
@@ -53,10 +53,22 @@ def test_a_collapsed_person_looks_like_the_factored_one_in_a_plain_pipeline(base
     plain = type(base.pipeline).from_pretrained(tiny_base, dtype=torch.float32)
     plain.set_progress_bar_config(disable=True)
     plain.load_lora_weights(str(identity.export(tmp_path / "lora.safetensors", meta_down, base.family)))
-    image = plain(prompt="a photo of sks woman", height=32, width=32, num_inference_steps=3, guidance_scale=1.0, max_sequence_length=32,
-                  generator=torch.Generator().manual_seed(0)).images[0]  # fmt: skip
+    with seeded(0, base.device) as generator:
+        image = plain(prompt="a photo of sks woman", height=32, width=32, num_inference_steps=3, guidance_scale=1.0, max_sequence_length=32,
+                      generator=generator).images[0]  # fmt: skip
     assert abs(pixels(image) - factored).max() <= 2
     assert abs(alone - factored).max() > 2
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_torch_s_own_numbers(base):
+    """The miniature's scheduler adds noise at every step, which it draws from these."""
+    text, pictures = base.encode_prompts(["a park"]), []
+    for before, seed in ((0, 7), (1, 7), (0, 8)):
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        pictures.append(pixels(render(base, text, 32, 32, 3, 1.0, seed)))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert (pictures[0] == pictures[1]).all() and (pictures[0] != pictures[2]).any()
 
 
 def test_people_come_and_go_and_the_base_stays(bare, meta_down):
@@ -263,8 +275,9 @@ def test_without_a_meta_down_a_person_is_an_ordinary_lora(bare, config, snapshot
     alone = type(bare.pipeline).from_pretrained(tiny_base, dtype=torch.float32)
     alone.load_lora_weights(str(personalizer.export(identity, tmp_path / "lora.safetensors")))
     s = personalizer.base.settings
-    there = alone(prompt="a photo of sks cat", width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
-                  max_sequence_length=s.max_sequence_length, generator=torch.Generator().manual_seed(0)).images[0]  # fmt: skip
+    with seeded(0, personalizer.base.device) as generator:
+        there = alone(prompt="a photo of sks cat", width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps,
+                      guidance_scale=s.guidance, max_sequence_length=s.max_sequence_length, generator=generator).images[0]  # fmt: skip
     assert abs(shown - pixels(there)).max() <= 2
 
 

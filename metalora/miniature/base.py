@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5EncoderModel
 
+from metalora.generate import seeded
 from metalora.miniature.captions import vocabulary
 from metalora.miniature.clip import trained_clip
 from metalora.miniature.features import Latents, cached, encode_latents, encode_patches
@@ -39,7 +40,7 @@ TRUE_SHARE = 0.3  # of the rows of a guidance batch, those that go on learning f
 VALIDATION_PICTURES, VALIDATION_SIGMAS = 256, 4
 ALIGNMENT_WEIGHT = 0.5
 FACE_WEIGHT = 3.0  # of a face's cells in the loss: hair, cloth and places are most of a picture and of its detail
-PREVIEW_STEPS = 10
+PREVIEW_STEPS = 20
 PREVIEW_PROMPTS = (
     "a photo of a woman", "a photo of a man", "a photo of sks woman, in a green park", "a photo of sks man, at the beach",
     "a portrait of an old man with a full beard, smiling, in an office",
@@ -250,9 +251,9 @@ def contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
 
 def preview(pipeline: FluxPipeline, size: int, max_sequence_length: int, guidance: float) -> Image.Image:
     """A sheet of the fixed prompts, always from the same noise."""
-    images = pipeline(list(PREVIEW_PROMPTS), height=size, width=size, num_inference_steps=PREVIEW_STEPS,
-                      guidance_scale=guidance, max_sequence_length=max_sequence_length,
-                      generator=torch.Generator().manual_seed(0)).images
+    with seeded(0, pipeline.device) as generator:
+        images = pipeline(list(PREVIEW_PROMPTS), height=size, width=size, num_inference_steps=PREVIEW_STEPS, guidance_scale=guidance,
+                          max_sequence_length=max_sequence_length, generator=generator).images
     return contact_sheet(images, columns=6)
 
 
