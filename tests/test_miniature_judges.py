@@ -20,6 +20,7 @@ from metalora.errors import MetaLoraError
 from metalora.miniature import attribute_check, attributes, world_check
 from metalora.miniature.__main__ import main
 from metalora.miniature.attributes import HEADS, NONE, UNSEEN, AttributeTask, Classifier, label, labels, train_attributes
+from metalora.miniature.facepack import kernel_distance
 from metalora.miniature.people import HELD_OUT, person, scene
 from metalora.miniature.pipeline import MiniatureConfig
 from metalora.miniature.render import render
@@ -148,12 +149,20 @@ def test_a_classifier_of_another_size_than_the_base_is_refused(tmp_path: Path, c
     assert f"draws at {2 * SIZE} px" in capsys.readouterr().err
 
 
+def test_faces_of_one_world_are_near_and_those_of_another_far():
+    rng = np.random.default_rng(0)
+    sets = [rng.normal(shift, 1, (400, 16)) for shift in (0, 0, 1)]
+    one, same, other = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in sets)
+    assert abs(kernel_distance(one, same)) < 0.02 < 0.5 < kernel_distance(one, other)
+
+
 def test_what_the_miniature_draws_is_shown_below_true_renders(tmp_path: Path, capsys):
     size = Base.open("miniature").settings.resolution
     write_result(tmp_path / attributes.NAME, Classifier(size), {"model": dataclasses.asdict(MiniatureConfig())})
     files = ["--json", str(tmp_path / "found.json"), "--sheet", str(tmp_path / "sheet.png")]
     assert main(["attribute-check", "--work", str(tmp_path), "--pictures", "3", *files]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
+    assert 0 < found["faces"]["found"] <= 1 and abs(found["faces"]["kernel_distance"]) < 2 and found["faces"]["of_true_halves"] is None
     assert found["generated"]["style"]["asked"] == found["true renders"]["style"]["asked"] > 0 and "all" in capsys.readouterr().out
     sheet = Image.open(tmp_path / "sheet.png")
     true, _, _ = render([(who := person(HELD_OUT + 5000 + k), scene(who, k)) for k in range(3)], size)

@@ -7,8 +7,9 @@ scenes that the captions were written of. With `--evaluation` it reads the pictu
 import argparse
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ from scipy.stats import binomtest
 
 from metalora.base import Base
 from metalora.errors import MetaLoraError
+from metalora.face import FaceFinder
 from metalora.generate import GenerateConfig, generate
 from metalora.miniature.attributes import HEADS, NAME, Classifier, label, trained_classifier
 from metalora.miniature.base import contact_sheet
 from metalora.miniature.captions import AGES, ANY_STYLE, BACKGROUNDS, BEARDS, CLOTH_COLOURS, EXPRESSIONS, HAIR_COLOURS, HAIR_WORDS, HATS, OPENINGS
 from metalora.miniature.captions import SKINS, TOPS, TURNS, caption
+from metalora.miniature.facepack import kernel_distance
 from metalora.miniature.people import HELD_OUT, person, scene
 from metalora.miniature.pipeline import MiniatureConfig
 from metalora.miniature.render import render
@@ -89,11 +92,16 @@ def _share(hits: list[bool]) -> dict[str, float]:
     return {"asked": len(hits), "found": round(sum(hits) / len(hits), 4), "low": round(interval.low, 4), "high": round(interval.high, 4)}
 
 
-def check_base(classifier: Classifier, base: Base, pictures: int, guidance: float | None, seed: int) -> tuple[dict[str, Check], Image.Image]:
-    """Agreement of pictures drawn from captions of held-out people's scenes, and of the true renders of these.
+class Drawn(NamedTuple):
+    """What a base draws, judged."""
 
-    Beside it the first ones to look at: in every pair of rows true renders above, and what was drawn from their captions below.
-    """
+    found: dict[str, Check]  # of the pictures drawn from captions of held-out people's scenes, and of the true renders of these
+    faces: dict[str, float | None]  # share of pictures in which one is found, and how differently from true ones they are distributed
+    sheet: Image.Image  # in every pair of rows true renders above, and what was drawn from their captions below
+
+
+def check_base(classifier: Classifier, base: Base, pictures: int, guidance: float | None, seed: int) -> Drawn:
+    """Draws so many pictures and judges them."""
     scenes = [(who := person(HELD_OUT + 5000 + k), scene(who, k % 7)) for k in range(pictures)]
     drafts = [[caption(view.attributes, random.Random(f"{seed} {k} {n}")) for n in range(DRAFTS)] for k, (_, view) in enumerate(scenes)]
     texts = [max(each, key=len) for each in drafts]
@@ -104,7 +112,13 @@ def check_base(classifier: Classifier, base: Base, pictures: int, guidance: floa
     rendered = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in true]
     rows = [row for k in range(0, min(SHOWN, pictures) - columns + 1, columns) for row in (rendered[k:k + columns], drawn[k:k + columns])]
     found = {"generated": agreement(classifier, stacked(drawn), texts), "true renders": agreement(classifier, true, texts)}
-    return found, contact_sheet([image for row in rows for image in row], columns)
+    return Drawn(found, _faces(base, drawn, rendered), contact_sheet([image for row in rows for image in row], columns))
+
+
+def _faces(base: Base, drawn: Sequence[Image.Image], true: Sequence[Image.Image]) -> dict[str, float | None]:
+    finder = FaceFinder(base.settings.face_pack, base.settings.det_size)
+    ours, theirs = (finder.embed_all(images) for images in (drawn, true))
+    return {"found": len(ours) / len(drawn), "kernel_distance": kernel_distance(ours, theirs), "of_true_halves": kernel_distance(theirs[::2], theirs[1::2])}
 
 
 def check_evaluation(classifier: Classifier, folder: Path, size: int) -> dict[str, Check]:
@@ -155,9 +169,12 @@ def main(arguments: list[str]) -> None:
         if base.settings.resolution != config.size:
             raise MetaLoraError(f"{given.base} draws at {base.settings.resolution} px and the classifier in {given.work} reads {config.size} px; "
                                 f"train one on pictures rendered with --size {base.settings.resolution}.")
-        found, sheet = check_base(classifier, base, given.pictures, given.guidance, given.seed)
+        found, faces, sheet = check_base(classifier, base, given.pictures, given.guidance, given.seed)
         if given.sheet:
             sheet.save(given.sheet)
     print("\n".join(_table(found)))
+    if not given.evaluation:
+        print("faces: {found:.1%} found, kernel distance from true ones {kernel_distance}, of two halves of these {of_true_halves}".format(**faces))
+        found["faces"] = faces
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -112,6 +112,17 @@ def separation(embeddings: np.ndarray, persons: np.ndarray) -> dict[str, float]:
             "gallery": len(gallery), "same": round(float(same.mean()), 3), "different": round(float(different.mean()), 3)}
 
 
+def kernel_distance(one: np.ndarray, other: np.ndarray) -> float | None:
+    """How differently two sets of unit embeddings (n, d) and (m, d) are distributed: about 0 for two draws of one world, also below.
+
+    None where a set has fewer than two. Unbiased squared discrepancy under the kernel (cosine + 1)³, "Demystifying MMD GANs" (Bińkowski et al. 2018, section 4), of faces here.
+    """
+    if min(len(one), len(other)) < 2:
+        return None
+    within = [(((each @ each.T + 1) ** 3).sum() - 8 * len(each)) / (len(each) * (len(each) - 1)) for each in (one, other)]
+    return round(float(sum(within) - 2 * ((one @ other.T + 1) ** 3).mean()), 4)
+
+
 def check_pack(pack: Path, validation: Shards, size: int, pictures: int = 600) -> dict[str, float]:
     """End to end on unseen people: found faces, and how well their embeddings tell the people apart."""
     analyser, found, persons = Analyser(pack, size), [], []

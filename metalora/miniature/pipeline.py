@@ -209,7 +209,7 @@ def make_readable(folder: Path) -> None:
 def write_settings(folder: Path, config: MiniatureConfig, trigger: str, **more: Any) -> None:
     """Writes `metalora.json`: how the app is to use this base. `more` adds keys or replaces them."""
     settings = {
-        "name": "miniature", "resolution": config.size, "inference_steps": 10, "guidance": 1.0, "train_guidance": 1.0,
+        "name": "miniature", "resolution": config.size, "inference_steps": 20, "guidance": 1.0, "train_guidance": 1.0,
         "max_sequence_length": config.max_sequence_length, "trigger": trigger,
         "adapter": {"rank": 1, "meta_rank": 16, "scale": 1.0},
         "face_pack": "../face", "clip": "../clip", "det_size": config.size} | more
