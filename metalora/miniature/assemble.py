@@ -229,7 +229,8 @@ tags: [flux, miniature, synthetic]
 A text-to-image model of portraits, {size} x {size} px, built of the very parts of FLUX.1-dev, only small:
 `diffusers.FluxPipeline.from_pretrained` opens this folder. It is there to learn from, to try Meta-LoRA on without a GPU,
 and to test with; it draws people of a synthetic world and nothing else, from captions of a small vocabulary.
-`metalora.json` tells Meta-LoRA how to use it.
+`metalora.json` tells Meta-LoRA how to use it. Its solver adds noise at every step, which it draws from torch's own random
+numbers: `torch.manual_seed` makes a picture the same again, beside the pipeline's `generator`.
 
 """ + _FROM
 
