@@ -77,7 +77,7 @@ def caption(attributes: dict, rng: random.Random, person: str | None = None) -> 
     rest = [_worn(a, rng)]
     if a["expression"] and rng.random() < 0.75:
         rest.append(rng.choice(EXPRESSIONS[a["expression"]]))
-    if a["turn"] and rng.random() < 0.6:
+    if a["turn"] and rng.random() < 0.9:
         rest.append(TURNS[a["turn"]])
     if a["background"] and rng.random() < 0.85:
         rest.append(rng.choice(BACKGROUNDS[a["background"]]))

@@ -23,6 +23,7 @@ MALE_HAIR = ("bald", "buzz-cut", "short", "short", "side-parted", "swept-back", 
 FEMALE_HAIR = ("short", "curly", "afro", "chin-length", "fringed", "long", "long", "wavy", "tied-up")
 SEXES = (-0.05, 1.2)  # of a man, a woman, along the head model's axis: a little beyond its own ends, which lie near each other
 SPREAD = 1.1  # of people's shapes, in the head model's deviations
+TURNED_SHARE, TURNED_YAW, FRONTAL_YAW = 0.25, (16.0, 32.0), 4.5  # degrees; most portraits face the camera, and a caption names a turn
 STYLES = {"photo": 0.7, "pencil": 0.1, "oil": 0.1, "bw": 0.1}  # how a picture is made, and how often
 EXPRESSION_WEIGHTS = {"neutral": 0.3, "smile": 0.26, "laugh": 0.14, "surprised": 0.1, "angry": 0.1, "sad": 0.1}
 
@@ -136,12 +137,13 @@ def scene(who: Person, seed: int, usual_looks: float = 0.65) -> Scene:
     hair_colour = who.hair_colour if usual else rng.choice(captions.HAIR_COLOURS)
     glasses = who.glasses if usual else (rng.choice(("round", "square", "oval")) if rng.random() < 0.2 else None)
     expression = rng.choices(list(EXPRESSION_WEIGHTS), list(EXPRESSION_WEIGHTS.values()))[0]
-    yaw = max(-34.0, min(34.0, rng.gauss(0, 13)))
+    turned = rng.random() < TURNED_SHARE
+    yaw = rng.choice((-1, 1)) * rng.uniform(*TURNED_YAW) if turned else max(-2 * FRONTAL_YAW, min(2 * FRONTAL_YAW, rng.gauss(0, FRONTAL_YAW)))
     hat = rng.choice(list(captions.HATS)) if rng.random() < 0.25 else None
     top, top_colour, second = rng.choice(list(captions.TOPS)), *rng.sample(captions.CLOTH_COLOURS, 2)
     place = rng.choice(PLACES)
-    made = Scene(seed=seed, expression=expression, yaw=yaw, pitch=max(-12.0, min(12.0, rng.gauss(0, 5))),
-                 roll=rng.gauss(0, 4), background=place,
+    made = Scene(seed=seed, expression=expression, yaw=yaw, pitch=max(-10.0, min(10.0, rng.gauss(0, 4))),
+                 roll=rng.gauss(0, 3), background=place,
                  gaze=(-math.radians(yaw) * 0.6 if rng.random() < 0.6 else rng.gauss(0, 0.14), rng.gauss(0, 0.05)),
                  light=rng.choice(PLACE_LIGHTS[place]), top=top, top_colour=top_colour, second_colour=second, hat=hat,
                  hat_colour=rng.choice(captions.CLOTH_COLOURS), hair=hair, hair_colour=hair_colour, glasses=glasses,
@@ -160,7 +162,7 @@ def _visible(who: Person, made: Scene) -> dict:
     plain_wall = made.background in ("grey", "blue")  # known by its colour alone
     return {"sex": who.sex, "age": who.age_word, "beard": who.beard, "hair": None if covered else made.hair, "glasses": made.glasses,
             "hat": made.hat, "top": made.top, "expression": made.expression,
-            "turn": "left" if made.yaw < -13 else "right" if made.yaw > 13 else None,
+            "turn": "left" if made.yaw <= -TURNED_YAW[0] else "right" if made.yaw >= TURNED_YAW[0] else None,
             "background": None if colourless and plain_wall else made.background, "light": made.light, "style": made.style,
             **(dict.fromkeys(colours) if colourless else colours)}
 
