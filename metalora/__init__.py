@@ -5,6 +5,7 @@ The names below load on first use, so that ``import metalora`` costs nothing.
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ from .errors import Cancelled, MetaLoraError
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns on import that torchvision, which nothing here needs, is missing
+
+for _library in ("torchao", "bitsandbytes", "diffusers.quantizers.torchao", "torch.utils._pytree"):  # where the former two are installed, all tell on
+    logging.getLogger(_library).setLevel(logging.ERROR)  # import of kernels that they can do without
 
 if TYPE_CHECKING:
     from .identity import Identity

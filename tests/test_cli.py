@@ -306,9 +306,12 @@ def test_a_stop_is_exit_130_and_leaves_nothing(tiny_base, meta_downs, people, tm
     arguments = ["adapt", str(people / "ann-0.png"), "--domain", "woman", "--output", "me.safetensors", "--steps", "1000000"]
     run = subprocess.Popen([sys.executable, "-m", "metalora", *arguments], cwd=tmp_path, env=environment(tiny_base, meta_downs), stderr=subprocess.PIPE, text=True,
                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # tests in the background ignore it, and children inherit that
-    assert "step 1/1000000" in run.stderr.readline()
-    run.send_signal(signal.SIGINT)
-    _, err = run.communicate(timeout=60)
+    try:
+        assert "step 1/1000000" in run.stderr.readline()
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
     assert run.returncode == 130 and "Stopped" in err and "Traceback" not in err and not list(tmp_path.iterdir())
 
 
