@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,28 +78,27 @@ def test_more_tokens_are_more_work(base):
     assert many["tera-operations a step"] > few["tera-operations a step"]
 
 
-@pytest.mark.parametrize("name", speed.FULL_SIZE)
-def test_the_full_size_models_are_built_from_their_configs_alone(monkeypatch, tmp_path, name):
-    """The same way in, with their configs made small."""
+def measured_small(monkeypatch, out: Path, name: str, *more: str) -> dict[str, Any]:
+    """What the command writes of a full-size model, its transformer made small on the way in."""
     family = speed.FULL_SIZE[name]
     small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
     monkeypatch.setattr(family, "configs", {**family.configs, "transformer": {**family.configs["transformer"], **small}})
-    out = tmp_path / "speed.json"
-    speed.main(["--base", name, "--resolution", "32", "--text", "4", "--steps", "1", "--warmup", "0", "--rounds", "1", "--draw", "1", "--device", "cpu", "--json", str(out)])
-    found = json.loads(out.read_text())
+    sizes = ["--resolution", "32", "--text", "4", "--steps", "1", "--warmup", "0", "--rounds", "1", "--draw", "1"]
+    speed.main(["--base", name, *more, *sizes, "--device", "cpu", "--json", str(out)])
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", speed.FULL_SIZE)
+def test_the_full_size_models_are_built_from_their_configs_alone(monkeypatch, tmp_path, name):
+    """The same way in, with their configs made small."""
+    found = measured_small(monkeypatch, tmp_path / "speed.json", name)
     assert [row["way"] for row in found["pictures"]] == [name for name, way in drawing.WAYS.items() if not way.compiled]
     assert found["dtype"] == str(torch.bfloat16) and len(found["steps"]) == sum(not way.compiled for way in speed.WAYS.values()) and "packages" in found["machine"]
 
 
 @pytest.mark.one_family
 def test_a_full_size_model_learns_and_draws_in_float8(monkeypatch, tmp_path):
-    family = speed.FULL_SIZE["flux-dev"]
-    small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
-    monkeypatch.setattr(family, "configs", {**family.configs, "transformer": {**family.configs["transformer"], **small}})
-    out = tmp_path / "speed.json"
-    sizes = ["--resolution", "32", "--text", "4", "--steps", "1", "--warmup", "0", "--rounds", "1", "--draw", "1"]
-    speed.main(["--base", "flux-dev", "--fp8", *sizes, "--device", "cpu", "--json", str(out)])
-    found = json.loads(out.read_text())
+    found = measured_small(monkeypatch, tmp_path / "speed.json", "flux-dev", "--fp8")
     assert found["weights"] == "fp8" and [row["way"] for row in found["steps"]] == ["Meta-LoRA", "Meta-LoRA, checkpointing"]
     assert [row["way"] for row in found["pictures"]] == ["the base, nobody", "a person, loaded by diffusers"]
 

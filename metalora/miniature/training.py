@@ -278,7 +278,6 @@ class Trainer:
         self.step, self.seconds, self.loss, self.earlier = (state[key] for key in ("step", "seconds", "loss", "earlier"))
         print(f"{self.name}: goes on at step {self.step}", file=sys.stderr, flush=True)
 
-
     def _load(self, module: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
         try:
             module.load_state_dict(weights)
