@@ -43,11 +43,11 @@ def crops(image: Image.Image, box: Sequence[float], size: int, config: AdaptConf
     return mirrored(upright)
 
 
-def face_mask(size: tuple[int, int], box: Sequence[float], background: float) -> Image.Image:
-    """How much each pixel of a (width, height) picture counts: an ellipse round the face at `box` in full, the rest `background`."""
+def face_mask(size: tuple[int, int], box: Sequence[float], background: float, face: float = 1.0) -> Image.Image:
+    """How much each pixel of a (width, height) picture counts: an ellipse round the face at `box` as `face` says, the rest as `background`."""
     mask = Image.new("L", size, round(255 * background))
     across, down = FACE_ROOM * (box[2] - box[0]), FACE_ROOM * (box[3] - box[1])
-    ImageDraw.Draw(mask).ellipse((box[0] - across, box[1] - down, box[2] + across, box[3] + down), fill=255)
+    ImageDraw.Draw(mask).ellipse((box[0] - across, box[1] - down, box[2] + across, box[3] + down), fill=round(255 * face))
     return mask
 
 
@@ -66,14 +66,12 @@ def adapt(
     *,
     preview: Preview | None = None,
     preview_every: int = 0,
-    prior: TrainingSet | None = None,
     face: Tensor | None = None,
 ) -> Generator[StepReport, None, Identity]:
     """Train one person on the encoded crops `data`; yields a report a step and returns the identity.
 
     Stopping early (close the generator, or throw into it) leaves the base as it was and keeps nothing. `preview` is called
-    while the adapter is attached, every `preview_every` steps and after the last. `prior` are pictures of others of the
-    class, which count as `config.prior` says. `face` (d,) is the person's embedding, from which the Meta-Down may tell where to begin.
+    while the adapter is attached, every `preview_every` steps and after the last. `face` (d,) is the person's embedding, from which the Meta-Down may tell where to begin.
     """
     meta_down.check_base(base.name, base.fingerprint)
     generator = torch.Generator().manual_seed(config.seed)
@@ -83,7 +81,7 @@ def adapt(
         adapter.start(generator)
         adapter.start_at(meta_down.start_for(face, config.start_face), config.start_mid, config.start_up)
         learnt = partial(_identity, base, adapter, config, meta_down.domain, meta_down=meta_down.name, meta_down_sha256=meta_down.sha256)
-        yield from _steps(base, adapter, data, config, generator, learnt, preview, preview_every, prior)
+        yield from _steps(base, adapter, data, config, generator, learnt, preview, preview_every)
         return learnt()
 
 
@@ -96,33 +94,18 @@ def adapt_plain(
     *,
     preview: Preview | None = None,
     preview_every: int = 0,
-    prior: TrainingSet | None = None,
 ) -> Generator[StepReport, None, Identity]:
     """The same without a stage 1 before it: an ordinary LoRA of rank `shape.rank` on the layers that `shape` names."""
     generator = torch.Generator().manual_seed(config.seed)
     with attach_plain(base.transformer, _shape(base, shape, config), generator) as adapter, base.resident("transformer"):
         learnt = partial(_identity, base, adapter, config, domain, meta_down="", meta_down_sha256="")
-        yield from _steps(base, adapter, data, config, generator, learnt, preview, preview_every, prior)
+        yield from _steps(base, adapter, data, config, generator, learnt, preview, preview_every)
         return learnt()
 
 
 def _shape(base: Base, shape: AdapterConfig, config: AdaptConfig) -> AdapterConfig:
     """The adapter's shape as these settings want it."""
     return replace(without_first(base.transformer, shape, config.skip_blocks), scale=config.scale * shape.scale)
-
-
-def prior_loss(base: Base, data: TrainingSet, config: AdaptConfig) -> Callable[[int], Tensor]:
-    """Prior preservation: the loss on the base's own pictures of the class, weighted, for step 0, 1, …
-
-    [DreamBooth, arXiv 2208.12242, section 3.2; its draws depend on the seed and the step alone, so those of the person stay what they are without]
-    """
-
-    def loss(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(hash((config.seed, 2, step)) % 2**63)
-        rows = torch.randint(len(data), (config.batch_size,), generator=generator).to(data.subject.device)
-        return config.prior * flow_loss(base, data, rows, generator, config.flow)
-
-    return loss
 
 
 def _identity(base: Base, adapter: Adapter, config: AdaptConfig, domain: str, steps: int | None = None, **more: Any) -> Identity:
@@ -136,7 +119,7 @@ def _identity(base: Base, adapter: Adapter, config: AdaptConfig, domain: str, st
 
 def _steps(
     base: Base, adapter: Adapter, data: TrainingSet, config: AdaptConfig, generator: torch.Generator, learnt: Callable[..., Identity],
-    preview: Preview | None = None, preview_every: int = 0, prior: TrainingSet | None = None,
+    preview: Preview | None = None, preview_every: int = 0,
 ) -> Iterator[StepReport]:  # fmt: skip
     clock = Clock(config.steps)
     losses = fit(
@@ -150,7 +133,6 @@ def _steps(
         flow_config=config.flow,
         max_grad_norm=config.max_grad_norm,
         rate=warmup(config.warmup_steps),
-        more=prior_loss(base, prior.to(base.device, base.dtype), config) if prior else None,
     )
     for loss in losses:
         step = clock.done + 1

@@ -64,16 +64,21 @@ class TrainingSet:
 
 def join(people: Sequence[TrainingSet]) -> TrainingSet:
     """The pictures of several sets of one subject each and of one size; the subjects are 0, 1, … in the order given."""
-    sizes = torch.tensor([len(person.text[0]) for person in people])
+    return replace(merge(people), subject=torch.cat([torch.full_like(person.subject, number) for number, person in enumerate(people)]))
+
+
+def merge(sets: Sequence[TrainingSet]) -> TrainingSet:
+    """The pictures of several sets of one size, all of them with weights or none, as pictures of one subject."""
+    sizes = torch.tensor([len(each.text[0]) for each in sets])
     firsts = (sizes.cumsum(0) - sizes).tolist()  # rows of the joint text at which each one's captions begin
     return replace(
-        people[0],
-        mean=torch.cat([person.mean for person in people]),
-        std=torch.cat([person.std for person in people]),
-        text=Text.cat(person.text for person in people),
-        caption=torch.cat([person.caption + first for person, first in zip(people, firsts)]),
-        subject=torch.cat([torch.full_like(person.subject, number) for number, person in enumerate(people)]),
-        weight=None if people[0].weight is None else torch.cat([person.weight for person in people]),
+        sets[0],
+        mean=torch.cat([each.mean for each in sets]),
+        std=torch.cat([each.std for each in sets]),
+        text=Text.cat(each.text for each in sets),
+        caption=torch.cat([each.caption + first for each, first in zip(sets, firsts)]),
+        subject=torch.cat([torch.zeros_like(each.subject) for each in sets]),
+        weight=None if sets[0].weight is None else torch.cat([each.weight for each in sets]),
     )
 
 
@@ -106,6 +111,11 @@ def encode(
 def mirrored(images: Sequence[Image.Image]) -> list[Image.Image]:
     """The pictures, then each of them mirrored."""
     return [*images, *(ImageOps.mirror(image) for image in images)]
+
+
+def to_weights(masks: Sequence[Image.Image]) -> Tensor:
+    """Grey pictures of one size → (n, 1, height, width) in [0, 1]."""
+    return torch.stack([torch.from_numpy(np.array(mask.convert("L"))) for mask in masks])[:, None].float() / 255
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:

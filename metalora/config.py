@@ -63,7 +63,9 @@ class AdaptConfig:
     # zero it is the same as up_rate: gradients of Up grow by the factor, which Adam does not see, and its steps count for so much more.
     scale: float = 1.0
     skip_blocks: float = 0.0  # share of the transformer's blocks, from the input on, that are left as they are
-    prior: float = 0.0  # weight of the loss on the base's own pictures of the class [DreamBooth, arXiv 2208.12242, section 3.2]
+    # Pictures that the base itself makes of others of the class, learnt along under the person's words, but for the face: prompts keep
+    # what they mean. [Ours, after the prior preservation of DreamBooth, arXiv 2208.12242, section 3.2, which learns them whole and under other words]
+    prior_pictures: int = 0
 
 
 @dataclass(frozen=True)

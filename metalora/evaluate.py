@@ -132,7 +132,7 @@ class Bench:
         settings, same = personalizer.base.settings, {"seed": seed} | ({} if steps is None else {"steps": steps})
         self.config = replace(settings.adapt, **same)
         # An ordinary LoRA has the settings that suit it best, and all the rest in common: photo, crops, loss, seed.
-        common = {name: getattr(settings.adapt, name) for name in ("crops", "margin", "background", "flow")}
+        common = {name: getattr(settings.adapt, name) for name in ("crops", "margin", "background", "prior_pictures", "flow")}
         self.plain = replace(settings.plain, **common, **same)
         self.peer = peer.PeerConfig(**same)  # no setting of ours is its concern
         self.scorer = Scorer(personalizer.finder, personalizer.clip, dino)
@@ -197,8 +197,7 @@ class Bench:
     def learning(self, group: Sequence[Method]) -> float:
         """The learning's part of the cost; a training step is three forward passes for each picture of its batch."""
         config = self.settings(group[0])
-        prior = 2 if isinstance(config, AdaptConfig) and config.prior > 0 else 1
-        return 3 * config.batch_size * prior * max(self.steps(method) for method in group)
+        return 3 * config.batch_size * max(self.steps(method) for method in group)
 
     def run(self, person: Someone, group: Sequence[Method], gallery: np.ndarray, names: Sequence[str]) -> Iterator[tuple[float, Method]]:
         """Learn once; generate, score and write for each method; yields the cost that is done. A photo made too bad to learn from is a failure."""

@@ -25,7 +25,7 @@ from .generate import GenerateConfig, Person, generate, render, unload_people
 from .identity import ExportFormat, Identity
 from .metadown import MetaDown
 from .photo import load_photo
-from .prompts import Captioner, anyone, mirrored
+from .prompts import PLACE, Captioner, anyone, fill, mirrored
 from .train import StepReport
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Photo = Any  # a path, bytes, a PIL image or an array
 Method = Callable[..., Generator[StepReport, None, Identity]]  # (data, config, preview=..., preview_every=...)
-PRIOR_PICTURES = 16  # that the base makes of the class, where they are learnt along with a person
+NAMED_SHARE = 0.5  # of the groups of phrases, those of which each of the base's own pictures shows one
 PREVIEW_STEPS = 10  # denoising steps of a preview, at most
 
 
@@ -57,7 +57,7 @@ class Personalizer:
         self._captioner = Captioner(self.clip, base.settings.caption_phrases)
         self._running: Generator | None = None
         self._encoded: Encoded | None = None
-        self._prior: tuple[Any, cache.TrainingSet] | None = None
+        self._own: tuple[Any, list[cache.TrainingSet]] | None = None
 
     @classmethod
     def open(
@@ -196,18 +196,19 @@ class Personalizer:
         self, learn: Method, photos: list[Photo], domain: str, config: AdaptConfig, face: int | None, preview_every: int
     ) -> Generator[StepReport, None, Identity]:
         data = self.encode(photos, domain, config, face)
-        prior = self._own_pictures(domain, config.seed) if config.prior > 0 else None
         preview = self._preview(domain) if preview_every else None
-        unload_people(self.base)
         with plain_faults():
-            return (yield from learn(data, config, preview=preview, preview_every=preview_every, prior=prior))
+            if config.prior_pictures:
+                data = cache.merge([data, *self._prior(domain, config.prior_pictures, config.seed)])
+            unload_people(self.base)
+            return (yield from learn(data, config, preview=preview, preview_every=preview_every))
 
     def encode(self, photos: Sequence[Photo], domain: str, config: AdaptConfig | None = None, face: int | None = None) -> cache.TrainingSet:
         """Photos → crops round the face with captions, encoded: what stage 2 trains on. The last set is kept for another try."""
         config = config or self.adapt_config
         images = [load_photo(photo) for photo in photos]
         seen = [(image.size, hashlib.sha256(image.tobytes()).digest()) for image in images]
-        key = (seen, domain, face, config.crops, config.margin, config.background, config.seed)
+        key = (seen, domain, face, config.crops, config.margin, config.background, config.prior_pictures > 0, config.seed)
         if self._encoded is None or self._encoded.key != key:
             faces = [self.pick(image, face) for image in images]
             mean = np.mean([found.embedding for found in faces], axis=0)
@@ -228,19 +229,27 @@ class Personalizer:
             caption = self._captioner.caption(cut[0], f"{settings.trigger} {domain}", domain)
             captions += [caption] * (len(cut) // 2) + [mirrored(caption)] * (len(cut) // 2)
         with plain_faults():
-            weights = (cache.to_tensor(masks)[:, :1] + 1) / 2 if config.background < 1 else None
-            return cache.encode(self.base, cache.to_tensor(crops), captions, masks=weights)
+            weighted = config.background < 1 or config.prior_pictures > 0
+            return cache.encode(self.base, cache.to_tensor(crops), captions, masks=cache.to_weights(masks) if weighted else None)
 
-    def _own_pictures(self, domain: str, seed: int) -> cache.TrainingSet:
-        """What the base itself makes of the class, in various clothes and places, encoded; the last set is kept. See `config.prior`."""
-        if self._prior is None or self._prior[0] != (domain, seed):
-            rng, size = random.Random(seed), (self.base.settings.train_resolution,) * 2
-            groups = self.base.settings.caption_phrases
-            prompts = [", ".join([f"a photo of {anyone(domain)}", *map(rng.choice, groups)]) for _ in range(PRIOR_PICTURES)]
-            with plain_faults():
-                pictures = [picture for i, prompt in enumerate(prompts) for picture in generate(self.base, [prompt], [], GenerateConfig(1, seed + i, size=size))]
-                self._prior = (domain, seed), cache.encode(self.base, cache.to_tensor(pictures), prompts)
-        return self._prior[1]
+    def _prior(self, domain: str, count: int, seed: int) -> list[cache.TrainingSet]:
+        """What the base makes of others of the class, under the person's words and without the faces; see `config.prior_pictures`.
+
+        Prompts name now this, now that. A picture without a face is left out. The last set is kept for the next person.
+        """
+        if self._own is None or self._own[0] != (domain, count, seed):
+            settings, rng = self.base.settings, random.Random(seed)
+            size, words = (settings.train_resolution,) * 2, f"{settings.trigger} {domain}"
+            sets = []
+            for place in range(count):
+                named = [rng.choice(group) for group in settings.prompt_phrases if rng.random() < NAMED_SHARE]
+                prompt = ", ".join([f"a photo of {PLACE}", *named])
+                (picture,) = generate(self.base, [fill(prompt, anyone(domain))], [], GenerateConfig(1, seed + place, size=size))
+                masks = [stage2.face_mask(size, face.box, background=1.0, face=0.0) for face in self.finder.detect(picture)[:1]]
+                if masks:
+                    sets.append(cache.encode(self.base, cache.to_tensor([picture]), [fill(prompt, words)], masks=cache.to_weights(masks)))
+            self._own = (domain, count, seed), sets
+        return self._own[1]
 
     def pick(self, image: Image.Image, face: int | None = None) -> Face:
         """The one face of a photo, or its number `face`; MetaLoraError for none, or for several and no number."""

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -134,7 +133,6 @@ def fit(
     max_grad_norm: float,
     rate: Callable[[int], float] = lambda step: 1.0,
     share: Share = Share(),
-    more: Callable[[int], Tensor] | None = None,
     late: bool | None = None,
 ) -> Iterator[float]:
     """Train the adapter's open factors for `steps` steps and yield the loss of each.
@@ -144,7 +142,6 @@ def fit(
 
     `rate` multiplies every optimiser's own learning rate. Every draw comes from `generator`, which lives on the CPU.
     With a `share` every process works on its rows of each batch, and gradients are summed: all take the same steps.
-    `more` gives a further loss of step 0, 1, …, which is added.
     Raises MetaLoraError where the loss is no longer a number.
     """
     parameters = list(trainable(adapter))
@@ -155,7 +152,7 @@ def fit(
         for step in range(steps):
             rows = _sent(next(batches), data.subject.device)
             adapter.use_rows(share.of(data.subject[rows]) if adapter.count > 1 else None)
-            value = _gradients(base, adapter, data, rows, generator, flow_config, share, more and partial(more, step))
+            value = _gradients(base, adapter, data, rows, generator, flow_config, share)
             if share.world > 1:
                 value = sum_over_processes(parameters, value)
             loss = None if late else _read(value)
@@ -199,20 +196,16 @@ def sum_over_processes(parameters: Sequence[nn.Parameter], loss: Tensor | None =
 
 
 def _gradients(
-    base: Base, adapter: Adapter, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share,
-    more: Callable[[], Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+    base: Base, adapter: Adapter, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share
+) -> Tensor:
     """The loss () of one step, its gradients left with the parameters; a step that the memory does not do for is done again."""
     start = generator.get_state()
 
     def step() -> Tensor:
-        total = torch.zeros((), device=base.device)
         with _repeatable(base.device):
-            for part in filter(None, (partial(flow_loss, base, data, rows, generator, config, share), more)):
-                loss = part()
-                loss.backward()  # one after the other, so that only one's activations are kept
-                total += loss.detach()
-        return total
+            loss = flow_loss(base, data, rows, generator, config, share)
+            loss.backward()
+        return loss.detach()
 
     def again() -> None:
         generator.set_state(start)

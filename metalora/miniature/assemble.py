@@ -31,8 +31,8 @@ MOST_MEGABYTES = 60.0  # of all assets together, so that the project stays a qui
 GUIDANCE = 2.5  # that a base which has learnt guidance is used with
 # What metalora.json says of this base beyond `write_settings`; found by trial on people of the training.
 SETTINGS: dict[str, Any] = {
-    "adapt": {"learning_rate": 1.5e-3, "batch_size": 4, "background": 0.1},
-    "plain": {"steps": 375, "learning_rate": 1e-2, "batch_size": 4, "background": 0.1},  # with Meta-LoRA's own rate an ordinary LoRA learns too slowly
+    "adapt": {"learning_rate": 4e-3, "batch_size": 4, "background": 0.1, "prior_pictures": 8, "flow": {"logit_mean": 0.5}},
+    "plain": {"steps": 375, "learning_rate": 1e-2, "batch_size": 4, "background": 0.1, "prior_pictures": 8, "flow": {"logit_mean": 0.5}},
     "meta": {"rounds": 11, "bucket_size": 96, "bucket_steps": 100, "warmup_steps": 30, "batch_size": 16, "learning_rate": 3e-3,
              "down_learning_rate": 5e-4, "start_rate": 0.5},
 }
