@@ -64,7 +64,7 @@ def evaluate(
     personalizer: Personalizer, folder: str | Path, methods: Sequence[str], output: str | Path, *,
     steps: int | None = None, seed: int = 0, limit: int | None = None, strength: float = 1.0, degrade: Sequence[str] = (), dino: str | None = None,
 ) -> Generator[Progress, None, dict[str, Any]]:  # fmt: skip
-    """Run what lacks, then write summary.json, contact-sheet.png and report.html over all that is in `output`; returns the summary.
+    """Run what lacks, then write summary.json, contact-sheet.png, curves.svg and report.html over all that is in `output`; returns the summary.
 
     `limit` takes the first people only; the gallery is always the whole dataset. `strength` is the weight of the person while
     pictures are made. Each of `degrade`, such as "blur=2", has every method learn once more from photos that are so much

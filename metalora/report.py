@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from .errors import MetaLoraError
 from .files import save_json, write_atomically
 from .score import interval, number
-from .webreport import html_report
+from .webreport import curves, html_report
 
 SETTINGS, TRUE_PHOTOS = "settings.json", "true-photos"
 SCORES = {"identification": "identified", "r_facesim": "r_facesim", "similarity": "similarity", "copying": "copying",
@@ -27,7 +27,7 @@ INK, SOFT, PAPER, RIGHT, WRONG = "#1c1e21", "#6a6f76", "#ffffff", "#2e9e5b", "#c
 
 
 def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str, str] | None = None) -> dict[str, Any]:
-    """summary.json, contact-sheet.png and report.html over all that these methods have in `output`; returns the summary."""
+    """summary.json, contact-sheet.png, curves.svg where there are any, and report.html over all that these methods have in `output`; returns the summary."""
     output = Path(output)
     found = {name: read_rows(output / folder_of(name)) for name in methods}
     found = {name: rows for name, rows in found.items() if rows}
@@ -46,6 +46,8 @@ def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str,
     clean = {name: rows for name, rows in found.items() if "degrade" not in each[name]}
     sheet = contact_sheet(output, clean if set(clean) - {TRUE_PHOTOS} else found, gallery)
     write_atomically(output / "contact-sheet.png", lambda beside: sheet.save(beside, format="PNG"))
+    if drawn := curves(summary["methods"]):
+        write_atomically(output / "curves.svg", lambda beside: beside.write_text(drawn, encoding="utf-8"))
     page = html_report(summary, sheet, worse_photos(output, {name: rows for name, rows in found.items() if name not in clean}))
     write_atomically(output / "report.html", lambda beside: beside.write_text(page, encoding="utf-8"))
     return summary

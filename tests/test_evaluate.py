@@ -156,6 +156,7 @@ def test_numbers_of_steps_share_one_training_and_are_what_each_alone_would_be(pe
     assert both == alone and len({tuple(row["clip_i"] for row in both[f"{name}/000-ann"]) for name in names}) == 3
     times = [read_rows(tmp_path / "together" / name)["000-ann"][0]["learn_seconds"] for name in names]
     assert 0 < times[0] < times[2] < times[1]
+    assert (tmp_path / "together" / "curves.svg").read_text(encoding="utf-8").startswith("<svg") and not (tmp_path / names[0] / "curves.svg").exists()
 
 
 @pytest.mark.one_family

@@ -164,6 +164,7 @@ def main(arguments: list[str]) -> None:
     classifier = trained_classifier(Job(data=(), work=given.work, minutes=0.0, model=config))
     if given.evaluation:
         found = check_evaluation(classifier, given.evaluation, config.size)
+        print("\n".join(_table(found)))
     else:
         base = Base.open(given.base)
         if base.settings.resolution != config.size:
@@ -172,8 +173,7 @@ def main(arguments: list[str]) -> None:
         found, faces, sheet = check_base(classifier, base, given.pictures, given.guidance, given.seed)
         if given.sheet:
             sheet.save(given.sheet)
-    print("\n".join(_table(found)))
-    if not given.evaluation:
+        print("\n".join(_table(found)))
         print("faces: {found:.1%} found, kernel distance from true ones {kernel_distance}, of two halves of these {of_true_halves}".format(**faces))
         found["faces"] = faces
     if given.json:
