@@ -18,7 +18,7 @@ from .cache import TrainingSet, mirrored
 from .config import AdaptConfig, AdapterConfig
 from .identity import Identity
 from .metadown import MetaDown
-from .train import Clock, StepReport, fit, flow_loss, two_rates, warmup
+from .train import Clock, StepReport, fit, two_rates, warmup
 
 Preview = Callable[[], Image.Image]
 FACE_ROOM = 0.2  # of the box's size, added on every side: hair line, ears and chin are the person's too
@@ -71,7 +71,8 @@ def adapt(
     """Train one person on the encoded crops `data`; yields a report a step and returns the identity.
 
     Stopping early (close the generator, or throw into it) leaves the base as it was and keeps nothing. `preview` is called
-    while the adapter is attached, every `preview_every` steps and after the last. `face` (d,) is the person's embedding, from which the Meta-Down may tell where to begin.
+    while the adapter is attached, every `preview_every` steps and after the last. `face` (d,) is the person's embedding, from which the
+    Meta-Down may tell where to begin.
     """
     meta_down.check_base(base.name, base.fingerprint)
     generator = torch.Generator().manual_seed(config.seed)

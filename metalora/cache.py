@@ -68,9 +68,10 @@ def join(people: Sequence[TrainingSet]) -> TrainingSet:
 
 
 def merge(sets: Sequence[TrainingSet]) -> TrainingSet:
-    """The pictures of several sets of one size, all of them with weights or none, as pictures of one subject."""
+    """The pictures of several sets of one size, as pictures of one subject; where one has weights, those of a set without are 1."""
     sizes = torch.tensor([len(each.text[0]) for each in sets])
     firsts = (sizes.cumsum(0) - sizes).tolist()  # rows of the joint text at which each one's captions begin
+    weights = [torch.ones_like(each.mean[..., 0]) if each.weight is None else each.weight for each in sets]
     return replace(
         sets[0],
         mean=torch.cat([each.mean for each in sets]),
@@ -78,7 +79,7 @@ def merge(sets: Sequence[TrainingSet]) -> TrainingSet:
         text=Text.cat(each.text for each in sets),
         caption=torch.cat([each.caption + first for each, first in zip(sets, firsts)]),
         subject=torch.cat([torch.zeros_like(each.subject) for each in sets]),
-        weight=None if sets[0].weight is None else torch.cat([each.weight for each in sets]),
+        weight=torch.cat(weights) if any(each.weight is not None for each in sets) else None,
     )
 
 

@@ -208,7 +208,7 @@ class Personalizer:
         config = config or self.adapt_config
         images = [load_photo(photo) for photo in photos]
         seen = [(image.size, hashlib.sha256(image.tobytes()).digest()) for image in images]
-        key = (seen, domain, face, config.crops, config.margin, config.background, config.prior_pictures > 0, config.seed)
+        key = (seen, domain, face, config.crops, config.margin, config.background, config.seed)
         if self._encoded is None or self._encoded.key != key:
             faces = [self.pick(image, face) for image in images]
             mean = np.mean([found.embedding for found in faces], axis=0)
@@ -229,8 +229,7 @@ class Personalizer:
             caption = self._captioner.caption(cut[0], f"{settings.trigger} {domain}", domain)
             captions += [caption] * (len(cut) // 2) + [mirrored(caption)] * (len(cut) // 2)
         with plain_faults():
-            weighted = config.background < 1 or config.prior_pictures > 0
-            return cache.encode(self.base, cache.to_tensor(crops), captions, masks=cache.to_weights(masks) if weighted else None)
+            return cache.encode(self.base, cache.to_tensor(crops), captions, masks=cache.to_weights(masks) if config.background < 1 else None)
 
     def _prior(self, domain: str, count: int, seed: int) -> list[cache.TrainingSet]:
         """What the base makes of others of the class, under the person's words and without the faces; see `config.prior_pictures`.

@@ -46,9 +46,10 @@ def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str,
     clean = {name: rows for name, rows in found.items() if "degrade" not in each[name]}
     sheet = contact_sheet(output, clean if set(clean) - {TRUE_PHOTOS} else found, gallery)
     write_atomically(output / "contact-sheet.png", lambda beside: sheet.save(beside, format="PNG"))
-    if drawn := curves(summary["methods"]):
+    drawn = curves(summary["methods"])
+    if drawn:
         write_atomically(output / "curves.svg", lambda beside: beside.write_text(drawn, encoding="utf-8"))
-    page = html_report(summary, sheet, worse_photos(output, {name: rows for name, rows in found.items() if name not in clean}))
+    page = html_report(summary, drawn, sheet, worse_photos(output, {name: rows for name, rows in found.items() if name not in clean}))
     write_atomically(output / "report.html", lambda beside: beside.write_text(page, encoding="utf-8"))
     return summary
 

@@ -25,8 +25,8 @@ Lines = dict[str, list[tuple[float, dict[str, Any]]]]  # name → points: where 
 COLOURS = ("#4f46e5", "#d97706", "#059669", "#db2777", "#0891b2", "#65a30d")
 
 
-def html_report(summary: dict[str, Any], sheet: Image.Image, worse: Image.Image | None = None) -> str:
-    """The whole page; everything it shows is inside it. `worse` shows what photos became that were made worse."""
+def html_report(summary: dict[str, Any], drawn: str, sheet: Image.Image, worse: Image.Image | None = None) -> str:
+    """The whole page; everything it shows is inside it. `drawn` are the summary's `curves`, `worse` shows what photos became that were made worse."""
     from jinja2 import Environment, StrictUndefined
 
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def html_report(summary: dict[str, Any], sheet: Image.Image, worse: Image.Image 
     by_domain = [(f"Domain {d}", {name: m["by_domain"][d] | {"steps": m["steps"]} for name, m in methods.items() if d in m.get("by_domain", {})}) for d in domains]
     return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(template).render(
         **summary, tables=[("Everybody", methods), *by_domain], columns=[c for c in COLUMNS if all(c[1] in m for m in methods.values())],
-        curves=curves(methods), kinds=degrade_curves(methods), sheet=_address(sheet), worse=worse and _address(worse),
+        curves=drawn, kinds=degrade_curves(methods), sheet=_address(sheet), worse=worse and _address(worse),
     )  # fmt: skip
 
 

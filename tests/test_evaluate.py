@@ -20,7 +20,7 @@ from metalora.evaluate import Bench, evaluate
 from metalora.methods import PEER, Method
 from metalora.peer import PeerConfig
 from metalora.report import CELL, TRUE_PHOTOS, contact_sheet, folder_of, read_rows, summarise, table, wrap, write_report
-from metalora.webreport import degrade_curves, html_report
+from metalora.webreport import curves, degrade_curves, html_report
 
 from .conftest import run, state_hash
 from .parts import GREY, build_small_dino, write_people
@@ -363,7 +363,7 @@ def test_the_page_shows_curves_where_a_method_has_several_numbers_of_steps(done)
     output, _, summary = done
     assert "Over the steps" not in (output / "report.html").read_text(encoding="utf-8")
     more = {**summary["methods"], "meta-lora@9": summary["methods"]["meta-lora"] | {"steps": 9}}
-    page = html_report(summary | {"methods": more, "left_out": {"<dan>": "No face & no photo."}}, Image.new("RGB", (9, 9)))
+    page = html_report(summary | {"methods": more, "left_out": {"<dan>": "No face & no photo."}}, curves(more), Image.new("RGB", (9, 9)))
     assert "<svg" in page and "meta-lora@9" in page and "&lt;dan&gt;" in page and "No face &amp; no photo." in page
     assert not re.search(r"(src|href)=.?https?:", page)  # it opens offline
 
