@@ -252,6 +252,15 @@ def test_a_reference_photo_is_calm_bare_headed_and_nearly_from_the_front():
         assert view.attributes["hat"] is None and view.attributes["expression"] == view.expression in ("neutral", "smile")
 
 
+@pytest.mark.parametrize("photo", dataset.PHOTOS[1:])
+def test_a_reference_photo_can_be_worse_in_one_respect_and_is_else_the_same(photo: str):
+    who = people.person(3)
+    plain, worse = (dataclasses.asdict(dataset.reference(who, 0, kind)) for kind in ("plain", photo))
+    changed = {key for key in plain if plain[key] != worse[key]} - {"attributes"}
+    assert changed == {"yaw" if photo == "side" else photo}
+    assert worse["attributes"]["turn" if photo == "side" else photo] and not plain["attributes"]["turn" if photo == "side" else photo]
+
+
 def test_the_render_command_writes_shards_and_goes_on_where_it_stopped(tmp_path: Path):
     command = ["render", "--output", str(tmp_path), "--people", "24:26", "--scenes", "1", "--size", "32", "--device", "cpu"]
     assert main(command) == 0

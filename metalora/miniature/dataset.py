@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from metalora.miniature import captions
-from metalora.miniature.people import HELD_OUT, Person, Scene, _visible, person, scene, seeds
+from metalora.miniature.people import GLASSES, HELD_OUT, Person, Scene, _visible, person, scene, seeds
 from metalora.miniature.render import render
 
 PROMPTS = ("a photo of {person}, in a red cap, in a green park", "a photo of {person}, wearing a blue turtleneck, smiling, at the beach",
@@ -20,23 +20,28 @@ MORE_PROMPTS = ("a photo of {person}, wearing a yellow beanie, laughing, in the 
                 "a photo of {person}, looking angry, wearing a green striped shirt, in front of a brick wall",
                 "an oil painting of {person}, wearing glasses and an orange v-neck sweater, in the snow",
                 "a black-and-white photo of {person}, with a sad face, in a shirt, in an office")
+PHOTOS = ("plain", "side", "glasses", "hat")  # what the photo that a person is learnt from is like
+SIDE_YAW = 30.0  # degrees; the world's people turn by up to 32
 
 
-def reference(who: Person, number: int) -> Scene:
-    """A picture such as one would hand in: the usual looks, no hat, calm, nearly from the front, in soft light."""
-    drawn = scene(who, 10_000 + number, usual_looks=1.0)
-    calm = dataclasses.replace(drawn, hat=None, expression=random.Random(who.seed).choice(("neutral", "smile")), light="soft", style="photo",
+def reference(who: Person, number: int, photo: str = "plain") -> Scene:
+    """A picture such as one would hand in: the usual looks, no hat, calm, nearly from the front, in soft light; or that in one respect worse."""
+    drawn, rng = scene(who, 10_000 + number, usual_looks=1.0), random.Random(who.seed)
+    calm = dataclasses.replace(drawn, hat=None, expression=rng.choice(("neutral", "smile")), light="soft", style="photo",
                                yaw=drawn.yaw / 3, pitch=drawn.pitch / 2, gaze=(0.0, 0.0))
-    return dataclasses.replace(calm, attributes=_visible(who, calm))
+    worse = {"plain": {}, "side": {"yaw": rng.choice((-SIDE_YAW, SIDE_YAW))}, "glasses": {"glasses": rng.choice(GLASSES)},
+             "hat": {"hat": rng.choice(list(captions.HATS))}}
+    made = dataclasses.replace(calm, **worse[photo])
+    return dataclasses.replace(made, attributes=_visible(who, made))
 
 
-def write_dataset(output: Path, seeds: list[int], references: int, others: int, size: int, prompts: tuple[str, ...]) -> None:
-    """Writes images, metadata.jsonl and prompts.txt; `others` are as varied as the world is, hair and glasses included."""
+def write_dataset(output: Path, seeds: list[int], references: int, others: int, size: int, prompts: tuple[str, ...], photo: str = "plain") -> None:
+    """Writes images, metadata.jsonl and prompts.txt; `others` are as varied as the world is, hair and glasses included, and the same for every `photo`."""
     output.mkdir(parents=True, exist_ok=True)
     lines = []
     for seed in seeds:
         who = person(seed)
-        views = [("reference", reference(who, k)) for k in range(references)] + [("other", scene(who, k)) for k in range(others)]
+        views = [("reference", reference(who, k, photo)) for k in range(references)] + [("other", scene(who, k)) for k in range(others)]
         images, _, _ = render([(who, view) for _, view in views], size)
         for number, ((role, view), image) in enumerate(zip(views, images)):
             name = f"{seed}-{number}-{role}.png"
@@ -54,6 +59,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--people", required=True, metavar="FIRST:END or SEED,SEED,...",
                         help=f"seeds; from {HELD_OUT} on they are held out from all training")
     parser.add_argument("--references", type=int, default=1)
+    parser.add_argument("--photo", choices=PHOTOS, default=PHOTOS[0], help="what the references are like: taken from the side, with glasses on, with a hat on")
     parser.add_argument("--others", type=int, default=4)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--all-prompts", action="store_true", help="eight prompts instead of the four of the benchmark")
@@ -61,4 +67,4 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(2)
     chosen = list(seeds(given.people)) if ":" in given.people else [int(v) for v in given.people.split(",")]
     write_dataset(given.output, chosen, given.references, given.others, given.size,
-                  PROMPTS + (MORE_PROMPTS if given.all_prompts else ()))
+                  PROMPTS + (MORE_PROMPTS if given.all_prompts else ()), given.photo)

@@ -20,6 +20,7 @@ CLOTH_RGB = {"red": (196, 30, 36), "blue": (36, 70, 168), "green": (34, 118, 64)
              "white": (234, 234, 230), "black": (26, 26, 30), "grey": (120, 122, 126), "purple": (112, 50, 144),
              "orange": (226, 122, 40), "pink": (238, 160, 182)}
 MALE_HAIR = ("bald", "buzz-cut", "short", "short", "side-parted", "swept-back", "curly", "afro", "long")
+GLASSES = ("round", "square", "oval")
 FEMALE_HAIR = ("short", "curly", "afro", "chin-length", "fringed", "long", "long", "wavy", "tied-up")
 SEXES = (-0.05, 1.2)  # of a man, a woman, along the head model's axis: a little beyond its own ends, which lie near each other
 SPREAD = 1.1  # of people's shapes, in the head model's deviations
@@ -122,7 +123,7 @@ def person(seed: int) -> Person:
         lips=rng.uniform(0.35, 0.9) if woman else rng.uniform(0.05, 0.35), blush=rng.uniform(0.2, 1.0),
         freckles=rng.uniform(0.4, 1.0) if tone < 1.8 and rng.random() < 0.35 else 0.0,
         moles=tuple((rng.uniform(-0.05, 0.05), rng.uniform(0.61, 0.74)) for _ in range(rng.choice((0, 0, 1, 2)))),
-        glasses=rng.choice(("round", "square", "oval")) if rng.random() < 0.2 else None)
+        glasses=rng.choice(GLASSES) if rng.random() < 0.2 else None)
 
 
 def scene(who: Person, seed: int, usual_looks: float = 0.65) -> Scene:
@@ -135,7 +136,7 @@ def scene(who: Person, seed: int, usual_looks: float = 0.65) -> Scene:
     styles = FEMALE_HAIR if who.sex == "woman" else MALE_HAIR
     hair = who.hair if usual else rng.choice(styles)
     hair_colour = who.hair_colour if usual else rng.choice(captions.HAIR_COLOURS)
-    glasses = who.glasses if usual else (rng.choice(("round", "square", "oval")) if rng.random() < 0.2 else None)
+    glasses = who.glasses if usual else (rng.choice(GLASSES) if rng.random() < 0.2 else None)
     expression = rng.choices(list(EXPRESSION_WEIGHTS), list(EXPRESSION_WEIGHTS.values()))[0]
     turned = rng.random() < TURNED_SHARE
     yaw = rng.choice((-1, 1)) * rng.uniform(*TURNED_YAW) if turned else max(-2 * FRONTAL_YAW, min(2 * FRONTAL_YAW, rng.gauss(0, FRONTAL_YAW)))
