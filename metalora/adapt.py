@@ -9,19 +9,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
-from .adapter import Adapter, attach, attach_plain, find_targets, without_first
+from .adapter import Adapter, attach, attach_plain, find_targets, trainable, without_first
 from .base import Base
 from .cache import TrainingSet, mirrored
 from .config import AdaptConfig, AdapterConfig
 from .identity import Identity
 from .metadown import MetaDown
-from .train import Clock, StepReport, fit, two_rates, warmup
+from .train import Averages, Clock, StepReport, fit, two_rates, warmup
 
 Preview = Callable[[], Image.Image]
-FACE_ROOM = 0.2  # of the box's size, added on every side: hair line, ears and chin are the person's too
 
 
 def crops(image: Image.Image, box: Sequence[float], size: int, config: AdaptConfig, seed: int = 0) -> list[Image.Image]:
@@ -41,14 +40,6 @@ def crops(image: Image.Image, box: Sequence[float], size: int, config: AdaptConf
         squares.append(_square(image.size, box, min(most, side), rng.random(), rng.random()))
     upright = [image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, box=square) for square in squares]
     return mirrored(upright)
-
-
-def face_mask(size: tuple[int, int], box: Sequence[float], background: float, face: float = 1.0) -> Image.Image:
-    """How much each pixel of a (width, height) picture counts: an ellipse round the face at `box` as `face` says, the rest as `background`."""
-    mask = Image.new("L", size, round(255 * background))
-    across, down = FACE_ROOM * (box[2] - box[0]), FACE_ROOM * (box[3] - box[1])
-    ImageDraw.Draw(mask).ellipse((box[0] - across, box[1] - down, box[2] + across, box[3] + down), fill=round(255 * face))
-    return mask
 
 
 def _square(picture: tuple[int, int], box: Sequence[float], side: float, x: float, y: float) -> tuple[float, float, float, float]:
@@ -82,8 +73,7 @@ def adapt(
         adapter.start(generator)
         adapter.start_at(meta_down.start_for(face, config.start_face), config.start_mid, config.start_up)
         learnt = partial(_identity, base, adapter, config, meta_down.domain, meta_down=meta_down.name, meta_down_sha256=meta_down.sha256)
-        yield from _steps(base, adapter, data, config, generator, learnt, preview, preview_every)
-        return learnt()
+        return (yield from _steps(base, adapter, data, config, generator, learnt, preview, preview_every))
 
 
 def adapt_plain(
@@ -100,8 +90,7 @@ def adapt_plain(
     generator = torch.Generator().manual_seed(config.seed)
     with attach_plain(base.transformer, _shape(base, shape, config), generator) as adapter, base.resident("transformer"):
         learnt = partial(_identity, base, adapter, config, domain, meta_down="", meta_down_sha256="")
-        yield from _steps(base, adapter, data, config, generator, learnt, preview, preview_every)
-        return learnt()
+        return (yield from _steps(base, adapter, data, config, generator, learnt, preview, preview_every))
 
 
 def _shape(base: Base, shape: AdapterConfig, config: AdaptConfig) -> AdapterConfig:
@@ -109,20 +98,21 @@ def _shape(base: Base, shape: AdapterConfig, config: AdaptConfig) -> AdapterConf
     return replace(without_first(base.transformer, shape, config.skip_blocks), scale=config.scale * shape.scale)
 
 
-def _identity(base: Base, adapter: Adapter, config: AdaptConfig, domain: str, steps: int | None = None, **more: Any) -> Identity:
-    """The person as the adapter has them now, after so many steps; all, when not given."""
+def _identity(base: Base, adapter: Adapter, config: AdaptConfig, domain: str, steps: int, **more: Any) -> Identity:
+    """The person as the adapter has them now, after so many steps."""
     shape, downs = adapter.config, {} if more["meta_down_sha256"] else adapter.down_tensors()
     return Identity(
         adapter.factors(), base.name, base.fingerprint, rank=shape.rank, meta_rank=shape.meta_rank, scale=shape.scale,
-        domain=domain, noun=domain, trigger=base.settings.trigger, steps=steps or config.steps, seed=config.seed, downs=downs, **more,
+        domain=domain, noun=domain, trigger=base.settings.trigger, steps=steps, seed=config.seed, downs=downs, **more,
     )  # fmt: skip
 
 
 def _steps(
-    base: Base, adapter: Adapter, data: TrainingSet, config: AdaptConfig, generator: torch.Generator, learnt: Callable[..., Identity],
+    base: Base, adapter: Adapter, data: TrainingSet, config: AdaptConfig, generator: torch.Generator, learnt: Callable[[int], Identity],
     preview: Preview | None = None, preview_every: int = 0,
-) -> Iterator[StepReport]:  # fmt: skip
-    clock = Clock(config.steps)
+) -> Generator[StepReport, None, Identity]:  # fmt: skip
+    clock, averages = Clock(config.steps), Averages(trainable(adapter), config.ema)
+    kept, shown = averages.used()(learnt), averages.used()(preview) if preview else None  # of the averages, not of the last step
     losses = fit(
         base,
         adapter,
@@ -137,5 +127,7 @@ def _steps(
     )
     for loss in losses:
         step = clock.done + 1
+        averages.update(step)
         due = preview_every > 0 and (step % preview_every == 0 or step == config.steps)
-        yield replace(clock.tick(loss, preview() if preview and due else None), learnt=partial(learnt, steps=step))
+        yield replace(clock.tick(loss, shown() if shown and due else None), learnt=partial(kept, step))
+    return kept(config.steps)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from .base import Base
@@ -20,6 +20,7 @@ from .family import Text
 from .plan import PIXELS_AT_ONCE, TOKENS_AT_ONCE
 
 CHUNK = 32  # pictures or prompts encoded at a time, at most
+FACE_ROOM = 0.2  # of the box's size, added on every side: hair line, ears and chin are the person's too
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +113,14 @@ def encode(
 def mirrored(images: Sequence[Image.Image]) -> list[Image.Image]:
     """The pictures, then each of them mirrored."""
     return [*images, *(ImageOps.mirror(image) for image in images)]
+
+
+def face_mask(size: tuple[int, int], box: Sequence[float], background: float, face: float = 1.0) -> Image.Image:
+    """How much each pixel of a (width, height) picture counts: an ellipse round the face at `box` as `face` says, the rest as `background`."""
+    mask = Image.new("L", size, round(255 * background))
+    across, down = FACE_ROOM * (box[2] - box[0]), FACE_ROOM * (box[3] - box[1])
+    ImageDraw.Draw(mask).ellipse((box[0] - across, box[1] - down, box[2] + across, box[3] + down), fill=round(255 * face))
+    return mask
 
 
 def to_weights(masks: Sequence[Image.Image]) -> Tensor:

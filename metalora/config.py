@@ -62,6 +62,8 @@ class AdaptConfig:
     # Factor on the adapter's scale; 1/sqrt(rank) is rsLoRA's [arXiv 2312.03732, section 3]. With Adam and an Up that begins at
     # zero it is the same as up_rate: gradients of Up grow by the factor, which Adam does not see, and its steps count for so much more.
     scale: float = 1.0
+    # The person is the moving average over steps of this decay, 0: the last step [Polyak's averaging; a batch of few draws makes steps noisy].
+    ema: float = 0.0
     skip_blocks: float = 0.0  # share of the transformer's blocks, from the input on, that are left as they are
     # Pictures that the base itself makes of others of the class, learnt along under the person's words, but for the face: prompts keep
     # what they mean. [Ours, after the prior preservation of DreamBooth, arXiv 2208.12242, section 3.2, which learns them whole and under other words]
@@ -85,6 +87,7 @@ class MetaConfig:
     validation_every: int = 5  # buckets; 0: never
     validation_people: int = 8  # kept out of the training, at most
     validation_steps: int = 60  # that each learns of its photos, with Down held, before the others are looked at
+    background: float = 1.0  # how much what lies outside the largest face counts in the loss; in stage 2 see AdaptConfig
     flow: FlowConfig = field(default_factory=FlowConfig)
     seed: int = 0
     start_rate: float = 0.0  # how far the start goes towards the mean of each bucket's heads; 0: none is learnt

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageOps
@@ -28,7 +29,7 @@ from torch import Tensor
 from . import prompts
 from .adapter import Adapter, Factors, attach, random_downs
 from .base import Base
-from .cache import TrainingSet, encode, mirrored, to_tensor
+from .cache import TrainingSet, encode, face_mask, mirrored, to_tensor, to_weights
 from .config import SETTINGS_FILE, AdapterConfig, MetaConfig
 from .data import Item, Subject, kept_out
 from .errors import MetaLoraError
@@ -38,6 +39,9 @@ from .photo import load_photo
 from .predict import fit_predictor
 from .processes import here
 from .train import Clock, Share, StepReport, fit, flow_loss, optimizer
+
+if TYPE_CHECKING:
+    from .face import FaceFinder
 
 CHECKPOINT = "checkpoint.safetensors"
 VALIDATION_DRAWS = 4  # of noise and noise level, for each picture
@@ -239,11 +243,12 @@ def _resume(checkpoint: Path | None, stamp: dict[str, str]) -> _State | None:
     return _State(parts["down."], parts["moment."], int(found["round"]), start)
 
 
-def bucket_of_photos(base: Base, people: Sequence[Sequence[Item]], words: str) -> Bucket:
+def bucket_of_photos(base: Base, people: Sequence[Sequence[Item]], words: str, finder: FaceFinder | None = None, background: float = 1.0) -> Bucket:
     """A bucket source that reads photos with their captions from disk: people[s] are those of subject s.
 
-    Every photo is cut to its central square and also mirrored; `words` stand for the person in its caption. Encoding anew
-    for every bucket keeps little in memory, which for FLUX.1-dev's text embeddings matters more than time.
+    Every photo is cut to its central square and also mirrored; `words` stand for the person in its caption. With a `finder`
+    what lies outside the largest face counts as `background` says, all of the photo where there is none. Encoding anew for
+    every bucket keeps little in memory, which for FLUX.1-dev's text embeddings matters more than time.
     """
 
     def encode_bucket(subjects: Sequence[int]) -> TrainingSet:
@@ -251,9 +256,16 @@ def bucket_of_photos(base: Base, people: Sequence[Sequence[Item]], words: str) -
         items = [(number, item) for number, s in enumerate(subjects) for item in people[s]]
         photos = [ImageOps.fit(load_photo(item.path), size, Image.Resampling.LANCZOS) for _, item in items]
         captions = [item.text if words in item.text else prompts.fill(item.text, words) for _, item in items]
-        return encode(base, to_tensor(mirrored(photos)), [*captions, *map(prompts.mirrored, captions)], [number for number, _ in items] * 2)
+        captions += map(prompts.mirrored, captions[:])
+        masks = to_weights(mirrored([_mask(finder, photo, background) for photo in photos])) if finder else None
+        return encode(base, to_tensor(mirrored(photos)), captions, [number for number, _ in items] * 2, masks)
 
     return encode_bucket
+
+
+def _mask(finder: FaceFinder, photo: Image.Image, background: float) -> Image.Image:
+    found = finder.detect(photo)
+    return face_mask(photo.size, found[0].box, background) if found else Image.new("L", photo.size, round(255 * background))
 
 
 def learn_domain(
@@ -261,17 +273,21 @@ def learn_domain(
 ) -> Generator[StepReport, None, MetaDown]:  # fmt: skip
     """Stage 1 on a dataset's people of one domain, some of whom are kept out to judge it; see `meta_train`."""
     config = replace(base.settings.meta, seed=seed, rounds=rounds or base.settings.meta.rounds)
-    words = f"{base.settings.trigger} {domain}"
     learnt, unseen = kept_out(people, min(config.validation_people, config.bucket_size))
+    finder = _finder(base) if config.background < 1 or config.predict_rank else None
+    bucket = partial(bucket_of_photos, base, words=f"{base.settings.trigger} {domain}", finder=finder if config.background < 1 else None, background=config.background)
     halves = [[s.items[k::2] for s in unseen] for k in (0, 1)]
-    judged = tuple(bucket_of_photos(base, half, words)(range(len(half))) for half in halves) if unseen else None
-    faces = partial(_faces, base, learnt) if config.predict_rank else None
-    return meta_train(base, len(learnt), bucket_of_photos(base, [s.items for s in learnt], words), domain, config, name=name, folder=folder, unseen=judged, faces=faces)
+    judged = tuple(bucket(half)(range(len(half))) for half in halves) if unseen else None
+    faces = partial(_faces, finder, learnt) if config.predict_rank else None
+    return meta_train(base, len(learnt), bucket([s.items for s in learnt]), domain, config, name=name, folder=folder, unseen=judged, faces=faces)
 
 
-def _faces(base: Base, people: Sequence[Subject]) -> list[Tensor]:
-    """Embeddings (photos, d) of everybody, of the photos in which a face is found."""
+def _finder(base: Base) -> FaceFinder:
     from .face import FaceFinder
 
-    finder = FaceFinder(base.settings.face_pack, base.settings.det_size)
+    return FaceFinder(base.settings.face_pack, base.settings.det_size)
+
+
+def _faces(finder: FaceFinder, people: Sequence[Subject]) -> list[Tensor]:
+    """Embeddings (photos, d) of everybody, of the photos in which a face is found."""
     return [torch.from_numpy(finder.embed_all(load_photo(item.path) for item in person.items)) for person in people]

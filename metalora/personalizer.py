@@ -222,7 +222,7 @@ class Personalizer:
             box = found.box
             cut, mask = (  # the mask is cut as the photo is
                 stage2.crops(picture, box, settings.train_resolution, config, config.seed + number)
-                for picture in (image, stage2.face_mask(image.size, box, config.background))
+                for picture in (image, cache.face_mask(image.size, box, config.background))
             )
             crops += cut
             masks += mask
@@ -244,7 +244,7 @@ class Personalizer:
                 named = [rng.choice(group) for group in settings.prompt_phrases if rng.random() < NAMED_SHARE]
                 prompt = ", ".join([f"a photo of {PLACE}", *named])
                 (picture,) = generate(self.base, [fill(prompt, anyone(domain))], [], GenerateConfig(1, seed + place, size=size))
-                masks = [stage2.face_mask(size, face.box, background=1.0, face=0.0) for face in self.finder.detect(picture)[:1]]
+                masks = [cache.face_mask(size, face.box, background=1.0, face=0.0) for face in self.finder.detect(picture)[:1]]
                 if masks:
                     sets.append(cache.encode(self.base, cache.to_tensor([picture]), [fill(prompt, words)], masks=cache.to_weights(masks)))
             self._own = (domain, count, seed), sets

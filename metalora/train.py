@@ -59,6 +59,36 @@ class Clock:
         self.done, self._before = self.done + steps, self._before + steps
 
 
+class Averages:
+    """Exponential moving average of parameters, short at first so that the start is soon forgotten. At decay 0 it is the parameters as they are."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
+        self.parameters, self.decay = list(parameters), decay
+        self.values = [parameter.detach().clone() for parameter in self.parameters]
+
+    def update(self, step: int) -> None:
+        """Count in what the parameters are after this step, 1, 2, …"""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.values, [parameter.detach() for parameter in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averages and parameters; twice restores."""
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            kept = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """The parameters are the averages inside."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+
 def optimizer(parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW in its fused form: one call updates the many small factors."""
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metalora import MetaLoraError
-from metalora.adapt import adapt, adapt_plain, crops, face_mask
+from metalora.adapt import adapt, adapt_plain, crops
 from metalora.adapter import attach
-from metalora.cache import encode, join, mirrored, to_tensor
+from metalora.cache import encode, face_mask, join, mirrored, to_tensor
 from metalora.config import AdaptConfig, FlowConfig, MetaConfig
 from metalora.data import Item
+from metalora.face import Face, FaceFinder
 from metalora.meta import _members, bucket_of_photos, meta_train
 from metalora.train import Clock, Share, draw_rows, fit, flow_loss, optimizer
 
@@ -311,6 +312,19 @@ def test_stage_one_reads_photos_from_disk(base, tmp_path):
     data = bucket_of_photos(base, [shown[:1], shown[1:3], shown[3:]], "sks woman")([2, 1])
     assert data.subject.tolist() == [0, 1, 1, 0, 1, 1] and len(data.text.embeds) == 1
     assert torch.equal(data.text.embeds, base.encode_prompts(["sks woman smiling"]).embeds)
+
+
+def test_stage_one_can_learn_faces_more_than_what_lies_outside_them(base, tmp_path, monkeypatch):
+    Image.effect_noise((32, 32), 60).convert("RGB").save(tmp_path / "0.png")
+    finder, item = FaceFinder(base.settings.face_pack, base.settings.det_size), Item(tmp_path / "0.png", "{person}")
+    found = iter([[Face((0.0, 0.0, 16.0, 16.0), np.zeros((5, 2)), 1.0, np.zeros(512))], []])
+    monkeypatch.setattr(finder, "detect", lambda image: next(found))
+    with_face, without = (bucket_of_photos(base, [[item]], "sks woman", finder, 0.2)([0]) for _ in range(2))
+    upright, mirrored = with_face.weight.view(2, *2 * [round(with_face.weight.shape[1] ** 0.5)])
+    assert upright[0, 0] > 0.9 and upright[-1, -1].item() == pytest.approx(0.2, abs=0.01)
+    torch.testing.assert_close(mirrored, upright.flip(-1))
+    torch.testing.assert_close(without.weight, torch.full_like(without.weight, 0.2))
+    assert bucket_of_photos(base, [[item]], "sks woman")([0]).weight is None
 
 
 def test_stage_one_is_judged_on_people_who_were_kept_out(base, people):

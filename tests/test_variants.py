@@ -129,6 +129,31 @@ def test_a_larger_scale_is_a_larger_rate_of_up(base, photo, meta_down, config):
     assert (one - other).norm() < 0.03 * one.norm() and (one - plain).norm() > 0.3 * one.norm()
 
 
+def test_the_person_kept_is_the_moving_average_over_the_steps(base, photo, meta_down, config):
+    """Previews and the person at every step are of it too, and it changes no step."""
+    name = next(iter(meta_down.tensors))
+
+    def learn(ema):
+        shown = []
+
+        def preview():
+            shown.append(base.transformer.get_submodule(name).up[0].detach().clone())
+            return "picture"
+
+        learning = adapt(base, meta_down, photo, replace(config, ema=ema), preview=preview, preview_every=1)
+        reports = [(report.loss, report.learnt().factors[name][1]) for report in learning]
+        return [loss for loss, _ in reports], [up for _, up in reports], shown
+
+    losses, steps, _ = learn(0.0)
+    averaged_losses, averages, shown = learn(0.5)
+    assert losses == averaged_losses and all(map(torch.equal, averages, shown))
+    average = torch.zeros_like(steps[0])  # Up's start
+    for step, (raw, kept) in enumerate(zip(steps, averages, strict=True), 1):
+        average = average.lerp(raw, 1 - min(0.5, (1 + step) / (10 + step)))
+        torch.testing.assert_close(kept, average)
+    assert torch.equal(run(adapt(base, meta_down, photo, replace(config, ema=0.5)))[1].factors[name][1], averages[-1])
+
+
 @pytest.mark.parametrize("share, kept", [(0.0, 3), (0.34, 2), (0.67, 1), (0.99, 1)])
 def test_the_last_blocks_are_kept(base, share, kept):
     shape = without_first(base.transformer, AdapterConfig(), share)

@@ -32,11 +32,12 @@ class People:
     """The people of one domain, in the order of their seeds, as stage 1 asks for them.
 
     A person's pictures, also mirrored, with "sks woman" in their captions in place of the looks, are encoded the first time
-    that they are asked for and kept: stage 1 visits some hundreds of people, a world may have thousands.
+    that they are asked for and kept: stage 1 visits some hundreds of people, a world may have thousands. What lies outside the face
+    counts as `background` says.
     """
 
-    def __init__(self, base: Base, shards: Shards, domain: str, seed: int = 0):
-        self.base, self.shards, self.domain, self.seed = base, shards, domain, seed
+    def __init__(self, base: Base, shards: Shards, domain: str, background: float = 1.0, seed: int = 0):
+        self.base, self.shards, self.domain, self.background, self.seed = base, shards, domain, background, seed
         pictures: dict[int, list[int]] = {}
         for i, record in enumerate(shards.records):
             if record["domain"] == domain:
@@ -68,7 +69,9 @@ class People:
             rows, rng = self.pictures[person], random.Random(f"{self.seed} {person}")
             texts = [caption(self.shards.records[i]["attributes"], rng, f"{TRIGGER} {self.domain}") for i in rows]
             images = to_floats(self.shards.images[rows])  # (n, 3, size, size)
-            self._encoded[person] = cache.encode(self.base, torch.cat([images, images.flip(-1)]), [*texts, *map(mirrored, texts)])
+            masks = cache.to_weights([cache.face_mask(tuple(images.shape[-2:]), self.shards.boxes[i].tolist(), self.background) for i in rows])
+            both = [torch.cat([each, each.flip(-1)]) for each in (images, masks)]
+            self._encoded[person] = cache.encode(self.base, both[0], [*texts, *map(mirrored, texts)], masks=both[1])
         return self._encoded[person]
 
 
@@ -85,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     base = Base.open(arguments.base)
     config = overlay(base.settings.meta, arguments.config)
     training, _ = load_shards(*arguments.data).split()
-    people = People(base, training, arguments.domain)
+    people = People(base, training, arguments.domain, config.background)
     run = meta_train(base, len(people), people.bucket, arguments.domain, config,
                      name=f"{base.name}/{arguments.domain}", folder=arguments.work, faces=people.faces)
     smooth, shown = None, 0.0

@@ -1,4 +1,4 @@
-"""What all the small models are trained with: Muon beside AdamW, and a moving average of the weights."""
+"""What all the small models are trained with: Muon beside AdamW."""
 
 from __future__ import annotations
 
@@ -9,26 +9,6 @@ from torch import nn
 
 if TYPE_CHECKING:
     from metalora.miniature.training import TrainingConfig
-
-
-class Averages:
-    """Exponential moving average of parameters, short at first so that the random start is soon forgotten."""
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float):
-        self.parameters, self.decay = parameters, decay
-        self.values = [parameter.detach().clone() for parameter in parameters]
-
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [parameter.detach() for parameter in self.parameters], 1 - decay)
-
-    def swap(self) -> None:
-        """Exchanges averages and weights; twice restores."""
-        with torch.no_grad():
-            for value, parameter in zip(self.values, self.parameters, strict=True):
-                kept = parameter.clone()
-                parameter.copy_(value)
-                value.copy_(kept)
 
 
 class Muon:

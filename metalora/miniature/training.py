@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from metalora.errors import MetaLoraError
-from metalora.miniature.optimizer import Averages, Optimizer
+from metalora.miniature.optimizer import Optimizer
 from metalora.miniature.pipeline import MiniatureConfig
-from metalora.train import sum_over_processes
+from metalora.train import Averages, sum_over_processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,12 +210,10 @@ class Trainer:
         return TrainingResult(self.step, self.step * self.samples_a_step, self.seconds, self.loss, self.earlier)
 
     def watch(self, watch: Callable[["Trainer"], None]) -> None:
-        self.averages.swap()
         self.module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.averages.used():
             watch(self)
         self.module.train()
-        self.averages.swap()
 
     def _train_step(self, loss: Callable[[torch.Generator], torch.Tensor]) -> None:
         self.generator.manual_seed(hash((self.config.seed, self.step, self.processes.process_index)) % 2**63)
