@@ -49,6 +49,8 @@ def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str,
     drawn = curves(summary["methods"])
     if drawn:
         write_atomically(output / "curves.svg", lambda beside: beside.write_text(drawn, encoding="utf-8"))
+    else:
+        (output / "curves.svg").unlink(missing_ok=True)  # of methods that were reported before
     page = html_report(summary, drawn, sheet, worse_photos(output, {name: rows for name, rows in found.items() if name not in clean}))
     write_atomically(output / "report.html", lambda beside: beside.write_text(page, encoding="utf-8"))
     return summary

@@ -157,6 +157,8 @@ def test_numbers_of_steps_share_one_training_and_are_what_each_alone_would_be(pe
     times = [read_rows(tmp_path / "together" / name)["000-ann"][0]["learn_seconds"] for name in names]
     assert 0 < times[0] < times[2] < times[1]
     assert (tmp_path / "together" / "curves.svg").read_text(encoding="utf-8").startswith("<svg") and not (tmp_path / names[0] / "curves.svg").exists()
+    run(evaluate(personalizer, people, names[:1], tmp_path / "together", limit=1))
+    assert not (tmp_path / "together" / "curves.svg").exists()  # of the methods before
 
 
 @pytest.mark.one_family
