@@ -187,9 +187,9 @@ class Blank:
     ([[0], [0.1], [5], [5.1]], 1.0, 1.0), ([[0], [5], [0.1], [5.1]], 1.0, 0.25), ([[0], [0], [0], [0]], 1.0, 0.5),
     ([[0], [0.1], [5], None], 0.75, 1.0)])
 def test_what_recognises_people_is_told_from_what_does_not(monkeypatch, embeddings: list, found: float, auc: float):
-    monkeypatch.setattr(world_check, "PhotoTools", lambda: Blank([e and np.array(e, float) for e in embeddings]))
+    tools = Blank([e and np.array(e, float) for e in embeddings])
     monkeypatch.setattr(world_check, "render", lambda pairs, size: (torch.zeros(len(pairs), 3, size, size, dtype=torch.uint8),))
-    figures = world_check.check(range(2), 2, SIZE)
+    figures = world_check.check(tools, range(2), 2, SIZE)
     assert (figures["found"], figures["auc"]) == (found, auc) and figures["pictures"] == 4
 
 
@@ -197,6 +197,13 @@ def test_a_world_check_changes_what_people_usually_wear():
     drawn = [world_check.shuffled(person(seed), k) for seed in range(40) for k in range(3)]
     assert {view.style for _, view in drawn} == {"photo"}
     assert sum(view.hair == who.hair for who, view in drawn) < 60  # of 120; two in three of a person's own scenes have the hair
+
+
+def test_the_face_pack_of_the_assets_tells_apart_people_it_never_saw(capsys):
+    assert main(["world-check", "--pack", str(Path(__file__).parents[1] / "assets" / "face"), "--people", f"{HELD_OUT + 300}:{HELD_OUT + 303}", "--scenes", "2"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["pictures"] == 6 and figures["found"] == 1 and figures["auc"] > 0.9
+    assert figures["distance"]["same"] < 1 < figures["distance"]["others"]
 
 
 def test_a_world_check_without_its_packages_says_what_to_install(monkeypatch, capsys):
