@@ -158,7 +158,7 @@ def score(
 
     images, others, photos = ([load_photo(path) for path in paths or []] for paths in (pictures, against, learnt_from))
     settings = settings_of(hub.base_folder(base))
-    scorer = Scorer(FaceFinder(settings.face_pack, settings.det_size), Clip(settings.clip))
+    scorer = Scorer(FaceFinder.of(settings), Clip(settings.clip))
     for image in (*others, *photos):
         scorer.finder.pick(image)
     rows = scorer.score(images, photos, others, [prompt] * len(images) if prompt else None)

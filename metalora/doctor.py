@@ -116,7 +116,7 @@ def _face_pack(settings: BaseSettings) -> dict[str, Any]:
         raise MetaLoraError(f"{settings.face_pack} is not on this machine yet; it is fetched on first use.")
     from .face import FaceFinder
 
-    FaceFinder(settings.face_pack, settings.det_size)
+    FaceFinder.of(settings)
     return {"says": settings.face_pack}
 
 

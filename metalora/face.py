@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .config import BaseSettings
 from .errors import MetaLoraError
 
 THREADS = 2  # of ONNX Runtime; its default takes every core and spins
@@ -45,6 +46,11 @@ class FaceFinder:
     def __init__(self, pack: str | Path, det_size: int = 640):
         self.pack = str(pack)
         self._app = _load(self.pack, det_size)
+
+    @classmethod
+    def of(cls, settings: BaseSettings) -> FaceFinder:
+        """The one that a base model's settings name."""
+        return cls(settings.face_pack, settings.det_size)
 
     def detect(self, image: Image.Image) -> list[Face]:
         """All faces, the largest first, numbered from left to right; an empty list for none.

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageOps
@@ -33,15 +32,13 @@ from .cache import TrainingSet, encode, face_mask, mirrored, to_tensor, to_weigh
 from .config import SETTINGS_FILE, AdapterConfig, MetaConfig
 from .data import Item, Subject, kept_out
 from .errors import MetaLoraError
+from .face import FaceFinder
 from .files import load_tensors, save_tensors
 from .metadown import MetaDown
 from .photo import load_photo
 from .predict import fit_predictor
 from .processes import here
 from .train import Clock, Share, StepReport, fit, flow_loss, optimizer
-
-if TYPE_CHECKING:
-    from .face import FaceFinder
 
 CHECKPOINT = "checkpoint.safetensors"
 VALIDATION_DRAWS = 4  # of noise and noise level, for each picture
@@ -246,9 +243,9 @@ def _resume(checkpoint: Path | None, stamp: dict[str, str]) -> _State | None:
 def bucket_of_photos(base: Base, people: Sequence[Sequence[Item]], words: str, finder: FaceFinder | None = None, background: float = 1.0) -> Bucket:
     """A bucket source that reads photos with their captions from disk: people[s] are those of subject s.
 
-    Every photo is cut to its central square and also mirrored; `words` stand for the person in its caption. With a `finder`
-    what lies outside the largest face counts as `background` says, all of the photo where there is none. Encoding anew for
-    every bucket keeps little in memory, which for FLUX.1-dev's text embeddings matters more than time.
+    Every photo is cut to its central square and also mirrored; `words` stand for the person in its caption. With a
+    `background` below 1 what lies outside the largest face that the `finder` sees counts so much, as does all of a photo without
+    a face. Encoding anew for every bucket keeps little in memory, which for FLUX.1-dev's text embeddings matters more than time.
     """
 
     def encode_bucket(subjects: Sequence[int]) -> TrainingSet:
@@ -257,7 +254,7 @@ def bucket_of_photos(base: Base, people: Sequence[Sequence[Item]], words: str, f
         photos = [ImageOps.fit(load_photo(item.path), size, Image.Resampling.LANCZOS) for _, item in items]
         captions = [item.text if words in item.text else prompts.fill(item.text, words) for _, item in items]
         captions += map(prompts.mirrored, captions[:])
-        masks = to_weights(mirrored([_mask(finder, photo, background) for photo in photos])) if finder else None
+        masks = to_weights(mirrored([_mask(finder, photo, background) for photo in photos])) if background < 1 else None
         return encode(base, to_tensor(mirrored(photos)), captions, [number for number, _ in items] * 2, masks)
 
     return encode_bucket
@@ -274,18 +271,12 @@ def learn_domain(
     """Stage 1 on a dataset's people of one domain, some of whom are kept out to judge it; see `meta_train`."""
     config = replace(base.settings.meta, seed=seed, rounds=rounds or base.settings.meta.rounds)
     learnt, unseen = kept_out(people, min(config.validation_people, config.bucket_size))
-    finder = _finder(base) if config.background < 1 or config.predict_rank else None
-    bucket = partial(bucket_of_photos, base, words=f"{base.settings.trigger} {domain}", finder=finder if config.background < 1 else None, background=config.background)
+    finder = FaceFinder.of(base.settings) if config.background < 1 or config.predict_rank else None
+    bucket = partial(bucket_of_photos, base, words=f"{base.settings.trigger} {domain}", finder=finder, background=config.background)
     halves = [[s.items[k::2] for s in unseen] for k in (0, 1)]
     judged = tuple(bucket(half)(range(len(half))) for half in halves) if unseen else None
     faces = partial(_faces, finder, learnt) if config.predict_rank else None
     return meta_train(base, len(learnt), bucket([s.items for s in learnt]), domain, config, name=name, folder=folder, unseen=judged, faces=faces)
-
-
-def _finder(base: Base) -> FaceFinder:
-    from .face import FaceFinder
-
-    return FaceFinder(base.settings.face_pack, base.settings.det_size)
 
 
 def _faces(finder: FaceFinder, people: Sequence[Subject]) -> list[Tensor]:

@@ -129,7 +129,7 @@ class Personalizer:
         if self._finder is None:
             from .face import FaceFinder
 
-            self._finder = FaceFinder(self.base.settings.face_pack, self.base.settings.det_size)
+            self._finder = FaceFinder.of(self.base.settings)
         return self._finder
 
     def adapt(

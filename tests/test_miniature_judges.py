@@ -179,7 +179,7 @@ class Blank:
     def __init__(self, embeddings: list[np.ndarray | None]):
         self.left = list(embeddings)
 
-    def embed(self, picture: np.ndarray) -> np.ndarray | None:
+    def embed(self, picture: Image.Image) -> np.ndarray | None:
         return self.left.pop(0)
 
 

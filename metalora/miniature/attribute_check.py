@@ -116,7 +116,7 @@ def check_base(classifier: Classifier, base: Base, pictures: int, guidance: floa
 
 
 def _faces(base: Base, drawn: Sequence[Image.Image], true: Sequence[Image.Image]) -> dict[str, float | None]:
-    finder = FaceFinder(base.settings.face_pack, base.settings.det_size)
+    finder = FaceFinder.of(base.settings)
     ours, theirs = (finder.embed_all(images) for images in (drawn, true))
     return {"found": len(ours) / len(drawn), "kernel_distance": kernel_distance(ours, theirs), "of_true_halves": kernel_distance(theirs[::2], theirs[1::2])}
 

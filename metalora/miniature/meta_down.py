@@ -55,7 +55,7 @@ class People:
 
     def faces(self) -> list[torch.Tensor]:
         """Embeddings (pictures, d) of everybody, of some pictures each, for a predictor."""
-        finder = FaceFinder(self.base.settings.face_pack, self.base.settings.det_size)
+        finder = FaceFinder.of(self.base.settings)
         found = []
         with Line() as line:
             for number, rows in enumerate(self.pictures.values(), 1):

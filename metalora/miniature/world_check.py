@@ -43,9 +43,9 @@ class PhotoTools:
         self.recogniser = dlib.face_recognition_model_v1(models.face_recognition_model_location())
         self.rectangle = dlib.rectangle
 
-    def embed(self, picture: np.ndarray) -> np.ndarray | None:
-        """The embedding (128,) of the largest face in a picture (h, w, 3); None where no face is found."""
-        large = np.asarray(Image.fromarray(picture).resize((SEEN_AT, SEEN_AT), Image.Resampling.BICUBIC))
+    def embed(self, picture: Image.Image) -> np.ndarray | None:
+        """The embedding (128,) of the largest face in a picture; None where no face is found."""
+        large = np.asarray(picture.resize((SEEN_AT, SEEN_AT), Image.Resampling.BICUBIC))
         boxes, _ = self.detector.detect(Image.fromarray(large))
         if boxes is None:
             return None
@@ -53,24 +53,13 @@ class PhotoTools:
         return np.array(self.recogniser.compute_face_descriptor(large, shape))
 
 
-class Pack:
-    """A face pack in InsightFace."""
-
-    def __init__(self, folder: Path, size: int) -> None:
-        self.finder = FaceFinder(folder, size)
-
-    def embed(self, picture: np.ndarray) -> np.ndarray | None:
-        """The embedding (512,) of the largest face in a picture (h, w, 3); None where no face is found."""
-        return self.finder.embed(Image.fromarray(picture))
-
-
-def check(tools: PhotoTools | Pack, people: range, scenes: int, size: int) -> dict[str, Any]:
+def check(tools: PhotoTools | FaceFinder, people: range, scenes: int, size: int) -> dict[str, Any]:
     """Share of faces found, and how well embeddings tell the people apart."""
     faces, persons, pictures = [], [], 0
     for seed in people:
         for image in render([shuffled(person(seed), k) for k in range(scenes)], size)[0]:
             pictures += 1
-            if (face := tools.embed(image.permute(1, 2, 0).numpy())) is not None:
+            if (face := tools.embed(Image.fromarray(image.permute(1, 2, 0).numpy()))) is not None:
                 faces.append(face)
                 persons.append(seed)
     apart = np.linalg.norm(np.stack(faces)[:, None] - np.stack(faces)[None], axis=-1)
@@ -99,7 +88,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--pack", type=Path, metavar="FOLDER", help="a face pack to try in the place of what was trained on photographs")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
-    tools = Pack(given.pack, given.size) if given.pack else PhotoTools()
+    tools = FaceFinder(given.pack, given.size) if given.pack else PhotoTools()
     found = check(tools, seeds(given.people), given.scenes, given.size)
     print(json.dumps(found))
     if given.json:
