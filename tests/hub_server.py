@@ -91,6 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.server.short:
             body = body[:-1]
         start = int(re.fullmatch(r"bytes=(\d+)-\d*", self.headers.get("Range", "bytes=0-"))[1])
+        if start >= len(body):
+            return self.answer(b"", {"Content-Range": f"bytes */{len(body)}"}, 416)
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         self.send_response(206 if start else 200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -90,6 +91,12 @@ def test_the_hub_answers_in_folders_and_sentences(server, tiny_base, tmp_path):
 
 def test_a_token_opens_the_gate(server, tmp_path):
     assert "model_index.json" in ask(["base:org/gated"], server.url, tmp_path, HF_TOKEN="hf_x")["base:org/gated"]
+
+
+def test_the_token_of_a_log_in_is_taken(server, tmp_path):
+    server.tokens = {"hf_mine"}
+    (tmp_path / "token").write_text("hf_mine\n")  # as `hf auth login` leaves it
+    assert "model_index.json" in ask(["base:org/gated"], server.url, tmp_path)["base:org/gated"]
 
 
 def test_a_cache_that_lacks_a_shard_is_not_complete(tiny_base, tmp_path):
@@ -195,6 +202,18 @@ def test_what_is_pinned_and_here_costs_no_request(server, tmp_path):
     assert before > 0 and ask([f"base:org/flux@{SHA}"], server.url, tmp_path) == first and server.requests == before
 
 
+def test_what_diffusers_has_fetched_opens_without_a_network(server, tmp_path):
+    env = environment(server.url, tmp_path)
+    fetch = "import sys; from diffusers import DiffusionPipeline; DiffusionPipeline.download('org/flux', revision=sys.argv[1])"
+    subprocess.run([sys.executable, "-c", fetch, SHA], env=env, check=True, capture_output=True, timeout=120)
+    assert list(tmp_path.glob("hub/*/trees/*")) and not list(tmp_path.rglob("metalora.json"))
+    before, name = server.requests, f"base:org/flux@{SHA}"
+    assert "model_index.json" in ask([name], server.url, tmp_path, HF_HUB_OFFLINE="1")[name] and server.requests == before
+    assert "metalora.json" in ask([name], server.url, tmp_path)[name]  # with a network, what is missing comes too
+    closed(server)
+    assert {"model_index.json", "metalora.json"} <= set(ask([name], server.url, tmp_path)[name])
+
+
 def test_connections_that_are_cut_end_with_the_right_files(server, tiny_base, tmp_path):
     size = (tiny_base / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
     rng = random.Random(0)
@@ -213,6 +232,46 @@ def test_a_wrong_hash_is_thrown_away_and_said(server, tmp_path):
     assert "vae/diffusion_pytorch_model.safetensors of org/flux arrived damaged" in said and not list(tmp_path.rglob("*.part"))
     server.wrong = set()
     assert "model_index.json" in ask(["base:org/flux"], server.url, tmp_path)["base:org/flux"]
+
+
+def test_a_part_that_is_larger_than_its_file_is_dropped(server, tiny_base, tmp_path):
+    weights = (tiny_base / VAE).read_bytes()
+    part = tmp_path / "hub" / "models--org--flux" / "blobs" / f"{hashlib.sha256(weights).hexdigest()}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(weights + b"more")
+    assert "model_index.json" in ask(["base:org/flux"], server.url, tmp_path)["base:org/flux"] and not part.exists()
+    assert next(tmp_path.glob(f"hub/*/snapshots/*/{VAE}")).read_bytes() == weights
+
+
+def test_half_a_file_is_gone_on_with(server, tiny_base, tmp_path):
+    server.short = {VAE}
+    assert "arrived in another size" in ask(["base:org/flux"], server.url, tmp_path)["base:org/flux"]
+    assert list(tmp_path.rglob("*.part")) and not list(tmp_path.glob(f"hub/*/snapshots/*/{VAE}"))
+    server.short, server.sent = set(), {}
+    assert "model_index.json" in ask(["base:org/flux"], server.url, tmp_path)["base:org/flux"]
+    assert server.sent[VAE] == 1 and next(tmp_path.glob(f"hub/*/snapshots/*/{VAE}")).read_bytes() == (tiny_base / VAE).read_bytes()
+
+
+def test_a_network_that_falls_silent_is_given_up(tiny_base, tmp_path):
+    server = HubServer({"org/down": {"config.json": b"{}"}})
+    server.silent = True
+    code = """
+import sys, time
+from metalora import MetaLoraError, hub
+hub.SILENCE = 0.5
+from huggingface_hub import HfApi
+for ask in (lambda api: api.create_repo("org/down", exist_ok=True), lambda api: api.model_info("org/down")):
+    start = time.monotonic()
+    try:
+        with hub.plain_faults("org/down", None):
+            ask(HfApi(token="hf_x"))
+    except MetaLoraError as error:
+        print(f"{time.monotonic() - start:.1f} {error}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(server.url, tmp_path), capture_output=True, text=True, timeout=60)
+    server.silent = False
+    closed(server)
+    assert done.returncode == 0 and done.stdout.count("cannot be reached; go online") == 2, (done.stdout, done.stderr)
 
 
 def test_a_killed_download_goes_on_where_it_was(server, tiny_base, tmp_path):
