@@ -312,6 +312,13 @@ def test_a_download_says_how_far_it_is(server, tiny_base, tmp_path):
     assert out.getvalue().strip() == "org/flux: 3.10 of 33.60 GB, 52.0 MB/s, 9 min 47 s left"
 
 
+def test_the_download_of_a_meta_down_is_told_of_too(server, tmp_path):
+    server.repos["org/down"]["meta_down.safetensors"] = b"weights"
+    code = "from metalora import hub; hub.prepare('org/flux', 'org/down', lambda f: print(f.name))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(server.url, tmp_path), capture_output=True, text=True, timeout=60)
+    assert set(done.stdout.split()) == {"org/flux", "org/down"} and not done.stderr, done.stderr
+
+
 def test_a_published_person_carries_the_licence_of_the_base(tmp_path, monkeypatch):
     factors = {"transformer_blocks.0.attn.to_q": (torch.ones(1, 4), torch.ones(8, 1))}
     person = Identity(factors, "black-forest-labs/FLUX.1-dev", "f", "mine", "s", rank=1, meta_rank=4, scale=1.0, domain="woman", noun="woman", trigger="sks", steps=1, seed=0)
