@@ -221,15 +221,15 @@ def convert(
     base: BaseName = DEFAULT_BASE, json: Json = False,
 ) -> Result:  # fmt: skip
     """Make a Meta-Down of weights that other code published; layers are found by name, then by shape and order."""
-    from .files import TENSORS
+    from .files import TENSORS, check_tensors
 
     if (output / TENSORS).exists():
         raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
+    check_tensors(source, "a foreign adapter")
     _prepare(base)
-    from .base import Base
     from .foreign import convert
 
-    found, placed = convert(source, Base.open(base), domain, output.name)
+    found, placed = convert(source, base, domain, output.name)
     found.save(output)
     result = {"output": str(output), "by_name": len(placed.by_name), "by_order": len(placed.by_order), "empty": placed.empty, "left_out": placed.left_out}
     lines = [f"{output}: {len(placed.by_name)} layers placed by name, {len(placed.by_order)} by shape and order", *(f"not placed: {line}" for line in placed.left_out)]

@@ -54,7 +54,7 @@ def _access() -> dict[str, gr.Component]:
     c: dict[str, gr.Component] = {}
     with gr.Row(elem_id="access"):
         c["token"] = gr.Textbox(
-            type="password", label="Hugging Face token", info="For this download only; it is not kept.", placeholder="hf_...", lines=1, scale=4,
+            type="password", label="Hugging Face token", info="Give yours here, for this download only; it is not kept.", placeholder="hf_...", lines=1, scale=4,
             visible=False, elem_id="token",
         )  # fmt: skip
         c["again"] = gr.Button("Try again", variant="primary", scale=1, min_width=120, visible=False, elem_id="try-again")
