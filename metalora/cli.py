@@ -157,7 +157,7 @@ def score(
     from .photo import load_photo
 
     images, others, photos = ([load_photo(path) for path in paths or []] for paths in (pictures, against, learnt_from))
-    _prepare(base)
+    _fetch(base)
     from . import hub
     from .clip import Clip
     from .face import FaceFinder
@@ -190,7 +190,7 @@ def meta_train(
     from .progress import Line, tensorboard
 
     people = load_dataset(dataset, open_pictures=True).of_domain(domain)
-    _prepare(base)
+    _fetch(base)
     from .base import Base
     from .meta import CHECKPOINT, learn_domain
 
@@ -226,7 +226,7 @@ def convert(
     if (output / TENSORS).exists():
         raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
     check_tensors(source, "a foreign adapter")
-    _prepare(base)
+    _fetch(base)
     from .foreign import convert
 
     found, placed = convert(source, base, domain, output.name)
@@ -297,8 +297,17 @@ def doctor(
     return found, lines(found)
 
 
-def _prepare(base: str, meta_down: str | None = None, identity: Path | None = None) -> None:
-    """Have on this machine what is to be opened, before the libraries are loaded that open it; see hub.prepare."""
+def _fetch(base: str) -> None:
+    """Have the base on this machine, before the libraries are loaded that open it; see hub.prepare."""
+    from . import hub
+    from .progress import Line
+
+    with Line() as line:
+        hub.base_folder(base, on_fetch=line.fetched)
+
+
+def _prepare(base: str, meta_down: str | None, identity: Path | None = None) -> None:
+    """The same with the Meta-Downs."""
     from . import hub
     from .files import check_tensors
     from .progress import Line

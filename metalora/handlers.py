@@ -76,11 +76,15 @@ class Handlers:
         yield self._greeting()
 
     def unlock(self, token: str):
-        """Fetch the base with a token of the user's, which is for this download only and kept nowhere; then greet. The field is emptied at once."""
+        """Fetch the base with a token of the user's, which is for this download only and kept nowhere; then greet. The field is emptied at once.
+
+        Without a token it is fetched with the one that the app was started with, as before.
+        """
         token = (token or "").strip()
-        if not re.fullmatch(r"[!-~]+", token):
-            raise gr.Error("That is no token; paste yours, which begins with hf_.", print_exception=False)
-        fetching = self.studio.fetch(token)
+        with one_sentence():
+            if not re.fullmatch(r"[!-~]*", token):  # of nothing else a header can be made, and the fault would quote it
+                raise MetaLoraError("That is no token; paste yours, which begins with hf_.")
+        fetching = self.studio.fetch(token or None)
         yield [cards.status("asking the Hub", "busy"), *[gr.skip()] * CONTROLS, gr.Textbox(value=""), gr.skip()]
         yield from self._follow(fetching)
         if fault := fetching.exception():

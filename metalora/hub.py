@@ -337,8 +337,9 @@ def plain_faults(repo: str, revision: str | None) -> Iterator[None]:
             raise NoAccess(f"The Hub {found} {repo}; make one that may at {constants.ENDPOINT}/settings/tokens, then {access} to it.") from error
         raise MetaLoraError(f"The Hub failed with {repo} ({error.response.status_code}); try again later.") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.HTTPError, ConnectionError, TimeoutError) as error:
-        offline = " because HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True") else ""
-        raise MetaLoraError(f"{repo} is out of reach, for the Hub ({constants.ENDPOINT}) cannot be reached{offline}; go online and start again, or give a folder.") from error
+        offline = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True")
+        way = " because HF_HUB_OFFLINE is set; unset it" if offline else "; go online"
+        raise MetaLoraError(f"{repo} is out of reach, for the Hub ({constants.ENDPOINT}) cannot be reached{way} and start again, or give a folder.") from error
     except OSError as error:
         if "Consistency check failed" in str(error):
             raise MetaLoraError(f"A file of {repo} arrived in another size than the Hub names; start again, and it goes on where it was.") from error
