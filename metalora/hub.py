@@ -21,17 +21,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .config import SETTINGS_FILE
 from .errors import MetaLoraError
 from .files import CARD, CONFIG, PREDICTOR, START, TENSORS, disk_sentence, is_complete
 
 CATALOG = Path(__file__).with_name("catalog.json")
 PIPELINE_FILES = [
-    "model_index.json", "metalora.json", "README.md", "scheduler/*.json", "transformer/*.json", "transformer/*.safetensors", "vae/*.json",
+    "model_index.json", SETTINGS_FILE, CARD, "scheduler/*.json", "transformer/*.json", "transformer/*.safetensors", "vae/*.json",
     "vae/*.safetensors", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*",
 ]  # fmt: skip
 MODEL_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 META_DOWN_FILES = [TENSORS, START, PREDICTOR, CONFIG, CARD]
-SPARE = {"metalora.json", CARD}  # files without which a base opens too, as one does that another program has put into the cache
 ANSWER_WITHIN = 3.5  # seconds that the Hub may take for its first answer
 SILENCE = 60.0  # seconds without a byte after which a connection counts as dead; the Hub may think for long over an upload
 Answer = TypeVar("Answer")
@@ -155,13 +155,13 @@ def fetch(
         raise MetaLoraError(f"There is no folder {name}, and it is no Hub name either (those read owner/model); check the spelling.")
     repo, _, revision = name.partition("@")
 
-    def cached(files: list[str]) -> Path | None:
-        folder = _cached(repo, revision or None, files)
+    def cached(*but: str) -> Path | None:
+        folder = _cached(repo, revision or None, [file for file in files if file not in but])
         return folder if folder and complete(folder) else None
 
-    if folder := cached(files):
+    if folder := cached(CARD):
         return folder
-    bare = cached([file for file in files if file not in SPARE])
+    bare = cached(CARD, SETTINGS_FILE)  # as another program may have left it; without a network it will do
     try:
         if not download:
             raise MetaLoraError(f"{name} is not on this machine yet; it is fetched on first use.")

@@ -49,9 +49,12 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def parse_request(self):
+        if not self.server.silent:
+            return super().parse_request()
         while self.server.silent:
             time.sleep(0.1)
-        return super().parse_request()
+        self.close_connection = True
+        return False
 
     @property
     def token(self) -> str:
