@@ -88,6 +88,10 @@ class Family(ABC):
         """Embeddings of n prompts of at most `length` tokens."""
 
     @abstractmethod
+    def tokens(self, pipeline: Any, prompt: str) -> int:
+        """How many text tokens a prompt has."""
+
+    @abstractmethod
     def text_shapes(self, transformer: nn.Module, tokens: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of the tensors of one prompt of so many tokens, without n."""
 

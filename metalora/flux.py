@@ -69,6 +69,9 @@ class Flux(Family):
         embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=device, max_sequence_length=length)
         return Text((embeds, pooled))  # (n, tokens, d_t5), (n, d_clip)
 
+    def tokens(self, pipeline: Any, prompt: str) -> int:
+        return len(pipeline.tokenizer_2(prompt, verbose=False).input_ids)
+
     def text_shapes(self, transformer: nn.Module, tokens: int) -> tuple[tuple[int, ...], ...]:
         return (tokens, transformer.config.joint_attention_dim), (transformer.config.pooled_projection_dim,)
 
