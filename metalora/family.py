@@ -78,6 +78,7 @@ class Family(ABC):
     configs: Mapping[str, Mapping[str, Any]]  # of that base: component → what its class is built from
     vectors: Vectors
     kohya: Kohya
+    dreambooth_script: str  # diffusers' own for DreamBooth with LoRA
 
     @abstractmethod
     def settings(self, index: Mapping[str, Any]) -> BaseSettings:

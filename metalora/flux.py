@@ -42,6 +42,7 @@ class Flux(Family):
     large_text_encoder = "text_encoder_2"
     known = "black-forest-labs/FLUX.1-dev"
     configs = FLUX_DEV
+    dreambooth_script = "train_dreambooth_lora_flux.py"
     # single block   11   the input of its norm, q and k before and after their norms (4), v, the attention's output, and the
     #                     input of the GELU (4)
     # double block   12   the same for both streams, and the input of the second norm

@@ -37,6 +37,7 @@ class Flux2Klein(Family):
     large_text_encoder = "text_encoder"
     known = "black-forest-labs/FLUX.2-klein-4B"
     configs = KLEIN_4B
+    dreambooth_script = "train_dreambooth_lora_flux2_klein.py"
     # single block   16   the input of its norm, the output of the fused layer (9: q, k, v and both halves of the SwiGLU), q and k
     #                     after their norms (2), the attention's output, and the SiLU's output (3)
     # double block   17   the same for both streams, and the input of the second norm
