@@ -124,6 +124,7 @@ def _steps(
         flow_config=config.flow,
         max_grad_norm=config.max_grad_norm,
         rate=warmup(config.warmup_steps),
+        recorded=config.recorded,
     )
     for loss in losses:
         step = clock.done + 1

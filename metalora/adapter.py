@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,45 +83,6 @@ def add_delta(y: Tensor, x: Tensor, down: Tensor, mid: Tensor, up: Tensor, scale
     return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), up.to(x.dtype).T, alpha=scale).view(y.shape)
 
 
-class Frozen(torch.autograd.Function):
-    """A quantised linear layer that does not learn, and keeps nothing for the gradient.
-
-    torchao's own way keeps a 16-bit copy of the weights, and where it quantises the input as well it knows no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
-        ctx.layer = layer
-        return layer(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        weight = ctx.layer.weight
-        if getattr(weight, "act_quant_kwargs", None) is None:
-            return grad @ weight.dequantize().to(grad.dtype), None
-        return fp8_gradient(grad, weight.qdata, weight.scale), None
-
-
-def fp8_gradient(grad: Tensor, data: Tensor, scale: Tensor) -> Tensor:
-    """grad @ (scale · data) as a product of float8 numbers, for weights `data` (d_out, d_in) with a scale (d_out, 1) for every row.
-
-    grad: (..., d_out), returned: (..., d_in). The weights' scales lie along what is summed over, so grad takes them up
-    before it is rounded, to e4m3 with a scale of its own for every row. The kernel wants the second matrix column by column,
-    so the weights are turned, which moves a byte for each where making them anew in 16 bits would move four.
-    """
-    scaled = grad.flatten(0, -2).float() * scale.T
-    rows = scaled.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / torch.finfo(data.dtype).max  # (tokens, 1)
-    columns = scale.new_ones(1, data.shape[1], dtype=torch.float32)
-    turned = data.T.contiguous().T
-    product = torch._scaled_mm((scaled / rows).to(data.dtype), turned, scale_a=rows, scale_b=columns, out_dtype=grad.dtype)
-    return product.view(*grad.shape[:-1], data.shape[1])
-
-
-def is_torchao(layer: nn.Linear) -> bool:
-    """Whether a layer's weights were quantised by torchao."""
-    return type(layer.weight).__module__.startswith("torchao")
-
-
 class ThreeFactorLinear(nn.Module):
     """A frozen linear layer plus the three factors. `base` is kept as it is and never written to."""
 
@@ -137,10 +97,10 @@ class ThreeFactorLinear(nn.Module):
 
     def hold(self, base: nn.Linear) -> None:
         """Stand on this layer from now on."""
-        self.base, self.is_torchao = base, is_torchao(base)  # looked up once, since a compiler cannot follow it
+        self.base = base
 
     def forward(self, x: Tensor) -> Tensor:
-        y = Frozen.apply(x, self.base) if self.is_torchao else self.base(x)
+        y = self.base(x)
         if self.route.rows is None:
             keep_input = self.down.requires_grad or x.device.type == "cpu"
             return add_delta(y, x, self.down, self.mid[0], self.up[0], self.scale, keep_input)

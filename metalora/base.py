@@ -26,7 +26,8 @@ from .errors import MetaLoraError
 from .families import family_of, settings_of, unreadable
 from .family import Family, Latents, Text
 from .fold import Fold
-from .plan import Choice, Learning, Model, Plan, Work, card, choose, describe, system_memory
+from .frozen import freeze
+from .plan import Choice, Learning, Model, Plan, Precision, Work, card, choose, describe, numbered, system_memory
 from .quantise import configs_for
 
 OUT_OF_MEMORY = "The GPU has not enough free memory for this; close other programs that use it, choose a smaller size, or a smaller base."
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 class Base:
     """A pipeline on a device, with its settings. Its weights are never written to, but for people that are folded in and come out again."""
 
-    pipeline: DiffusionPipeline
+    pipeline: DiffusionPipeline | None  # None until it is loaded
     family: Family
     settings: BaseSettings
     name: str  # as users know it: the catalogue's or the Hub's name
@@ -47,6 +48,7 @@ class Base:
     folder: Path
     choice: Choice  # the plan it was opened with, and why
     plan: Plan  # the one it follows now
+    precision: Precision | None = None  # of the weights that are here; None while there are none
     fold: Fold = field(default_factory=Fold)  # who is in the weights now
     _at_work: Counter[str] = field(default_factory=Counter)  # components that a piece of work needs on the device now
 
@@ -60,15 +62,17 @@ class Base:
         Raises MetaLoraError where it cannot be had, is of no family that is understood or does not fit the device.
         """
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if place.type == "cuda" and not torch.cuda.is_available():
-            raise MetaLoraError("There is no usable GPU on this machine; leave the device out, or choose cpu.")
+        if place.type == "cuda":
+            if not torch.cuda.is_available():
+                raise MetaLoraError("There is no usable GPU on this machine; leave the device out, or choose cpu.")
+            place = numbered(place)
+            torch.cuda.set_device(place)  # bitsandbytes loads to the current one
         folder = hub.base_folder(str(name), on_fetch=on_fetch)
         _quiet()
         family, settings = family_of(folder), settings_of(folder)
         choice = choose(card(place), system_memory(), _model(folder).needs(Work.of(settings, learning)), plan)
-        pipeline = _load_pipeline(folder, family, choice.plan)
-        base = cls(pipeline, family, settings, settings.name or str(name), fingerprint(folder), place, folder, choice, choice.plan)
-        base.persevere(base._settle)
+        base = cls(None, family, settings, settings.name or str(name), fingerprint(folder), place, folder, choice, choice.plan)
+        base.persevere(base._follow)
         return base
 
     @property
@@ -95,13 +99,22 @@ class Base:
             self._at_work.subtract(components)
             self._settle()
 
+    def _follow(self) -> None:
+        """Weights and places as the plan has them."""
+        if self.precision != self.plan.precision:
+            self.precision = None
+            for part in self.family.networks if self.pipeline else ():
+                _release(getattr(self.pipeline, part))
+            self.pipeline, self.precision = _load_pipeline(self.folder, self.family, self.plan), self.plan.precision
+        self._settle()
+
     def _settle(self) -> None:
         """Every component where it belongs now. Those that leave the device go first."""
         parts = self.family.networks
         here = {part for part in parts if part in self.plan.stays or self._at_work[part]}
         for part in sorted(parts, key=here.__contains__):
             module, place = getattr(self.pipeline, part), self.device if part in here else torch.device("cpu")
-            if any(p.device.type != place.type for p in module.parameters()):
+            if any(p.device != place for p in module.parameters()):
                 module.to(place)
         if self.plan.checkpointing:
             self.transformer.enable_gradient_checkpointing()
@@ -116,26 +129,27 @@ class Base:
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError as error:
-                fault = error.with_traceback(None)  # its frames hold what is to be freed
-            self._step_down(fault)
+            except RuntimeError as error:
+                fault: RuntimeError | None = _of_memory(error)
+            while fault:
+                fault = self._step_down(fault)
             again()
 
-    def _step_down(self, fault: torch.OutOfMemoryError) -> None:
+    def _step_down(self, fault: RuntimeError) -> RuntimeError | None:
+        """Go one plan down; the fault where the memory does not even do for the change."""
         below = self.choice.below(self.plan)
         if below is None:
             raise MetaLoraError(OUT_OF_MEMORY) from fault
-        configs_for(below.precision, self.dtype, self.family)  # before anything is given up, for its library may be missing
         logger.warning(f"The GPU ran out of memory with the plan {self.plan.name}; going on with {below.name}: {describe(below)}.")
         before, self.plan = self.plan, below
         gc.collect()
         if before.folds != below.folds:
             self.fold.take_out(self.transformer)
-        if before.precision != below.precision:
-            for part in self.family.networks:
-                _release(getattr(self.pipeline, part))
-            self.pipeline = _load_pipeline(self.folder, self.family, below)
-        self._settle()
+        try:
+            self._follow()
+        except RuntimeError as error:
+            return _of_memory(error)
+        return None
 
     @contextmanager
     def compiled(self, **how: Any) -> Iterator[None]:
@@ -148,18 +162,20 @@ class Base:
                 module._compiled_call_impl = None
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Text:
-        """Embeddings of n prompts."""
+    def encode_prompts(self, prompts: Sequence[str], length: int | None = None) -> Text:
+        """Embeddings of n prompts, of so many tokens; of the usual number unless told."""
 
         def encode() -> Text:
             with self.resident(*self.family.text_encoders):
-                return self.family.encode_prompts(self.pipeline, prompts, self.device, self.settings.max_sequence_length)
+                return self.family.encode_prompts(self.pipeline, prompts, self.device, length or self.settings.text_tokens)
 
         return self.persevere(encode)
 
     def encode_for_picture(self, prompt: str, guidance: float) -> Text:
-        """Embeddings of all that a picture of that prompt needs."""
-        return self.encode_prompts(self.family.prompts_of_a_picture(self.pipeline, prompt, guidance))
+        """Embeddings of all that a picture of that prompt needs; of a prompt that is longer than usual they are of the greatest length."""
+        prompts, usual = self.family.prompts_of_a_picture(self.pipeline, prompt, guidance), self.settings.text_tokens
+        fits = max(self.family.tokens(self.pipeline, each) for each in prompts) <= usual
+        return self.encode_prompts(prompts, usual if fits else self.settings.max_sequence_length)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Latents:
@@ -212,13 +228,21 @@ def _load_pipeline(folder: Path, family: Family, plan: Plan) -> DiffusionPipelin
             parts[text].to("cpu")
         quantised = PipelineQuantizationConfig(quant_mapping=configs) if configs else None
         pipeline = getattr(diffusers, family.pipeline).from_pretrained(folder, quantization_config=quantised, **parts, **common)
-    except torch.OutOfMemoryError as error:
-        raise MetaLoraError(OUT_OF_MEMORY) from error
+    except torch.OutOfMemoryError:
+        raise  # it is for the plan below
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise unreadable(folder, error) from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.requires_grad_(False)
+    freeze(pipeline.transformer)
     return pipeline
+
+
+def _of_memory(error: RuntimeError) -> RuntimeError:
+    """The error, if it says that a GPU has not enough memory, without its frames, for these hold what is to be freed; else it is raised."""
+    if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
+        return error.with_traceback(None)
+    raise error
 
 
 def _release(component: torch.nn.Module) -> None:

@@ -88,10 +88,11 @@ def plain_picture(personalizer: Personalizer, place: str, lora: Path, words: str
     pipeline = type(base.pipeline).from_pretrained(hub.base_folder(place), dtype=base.dtype, local_files_only=True).to(base.device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
+    prompt = fill(PROMPT, words)
     with seeded(seed, base.device) as generator:
         return pipeline(
-            prompt=fill(PROMPT, words), width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
-            max_sequence_length=s.max_sequence_length, generator=generator,
+            prompt=prompt, width=s.resolution, height=s.resolution, num_inference_steps=s.inference_steps, guidance_scale=s.guidance,
+            max_sequence_length=base.encode_for_picture(prompt, s.guidance).embeds.shape[1], generator=generator,
         ).images[0]  # fmt: skip
 
 

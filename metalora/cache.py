@@ -95,7 +95,7 @@ def encode(
     pictures = min(CHUNK, max(1, PIXELS_AT_ONCE // images[0, 0].numel()))
     latents = [base.encode_images(chunk) for chunk in images.split(pictures)]
     different = list(dict.fromkeys(captions))
-    prompts = min(CHUNK, max(1, TOKENS_AT_ONCE // base.settings.max_sequence_length))
+    prompts = min(CHUNK, max(1, TOKENS_AT_ONCE // base.settings.text_tokens))
     texts = [base.encode_prompts(different[i : i + prompts]) for i in range(0, len(different), prompts)]
     number = {caption: i for i, caption in enumerate(different)}
     grid = (latents[0].image_ids[:, 1:3].max(0).values + 1).int().tolist()  # rows and columns of tokens

@@ -68,6 +68,7 @@ class AdaptConfig:
     # Pictures that the base itself makes of others of the class, learnt along under the person's words, but for the face: prompts keep
     # what they mean. [Ours, after the prior preservation of DreamBooth, arXiv 2208.12242, section 3.2, which learns them whole and under other words]
     prior_pictures: int = 0
+    recorded: bool = False  # on a GPU, steps are played from a recording of one, where the plan has no checkpointing (see graph.py)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class BaseSettings:
     inference_steps: int = 28
     guidance: float = 3.5
     train_guidance: float = 1.0
-    max_sequence_length: int = 512
+    max_sequence_length: int = 512  # text tokens of the longest prompt
+    usual_sequence_length: int = 256  # that captions and shorter prompts are padded to, as ComfyUI does for FLUX.1: a sixth less work at 512 px
     trigger: str = "sks"
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
@@ -117,6 +119,11 @@ class BaseSettings:
     det_size: int = 640
     caption_phrases: tuple[tuple[str, ...], ...] = ()  # groups, one of each of which describes what in a photo is not the person
     prompt_phrases: tuple[tuple[str, ...], ...] = ()  # groups of what prompts may say, for the page
+
+    @property
+    def text_tokens(self) -> int:
+        """Of captions and usual prompts."""
+        return min(self.usual_sequence_length, self.max_sequence_length)
 
     @classmethod
     def load(cls, folder: str | Path, defaults: BaseSettings | None = None) -> BaseSettings:

@@ -258,7 +258,7 @@ class Bench:
     def _of_the_peer(self, photos: Sequence[Image.Image], domain: str, config: peer.PeerConfig) -> Learnt:
         begin = time.perf_counter()
         s, words = self.personalizer.base.settings, f"{self.personalizer.base.settings.trigger} {domain}"
-        lora = peer.train(self.personalizer.base.folder, photos, f"a photo of {words}", s.train_resolution, s.max_sequence_length, config)
+        lora = peer.train(self.personalizer.base.folder, photos, f"a photo of {words}", s.train_resolution, s.text_tokens, config)
         seconds, file = time.perf_counter() - begin, save(lora)
         person = Person(lora, words, hashlib.sha256(file).hexdigest(), self.strength)
         return Learnt(person, seconds, sum(t.numel() for t in lora.values()), len(file))

@@ -78,6 +78,7 @@ class Family(ABC):
     configs: Mapping[str, Mapping[str, Any]]  # of that base: component → what its class is built from
     vectors: Vectors
     kohya: Kohya
+    dreambooth_script: str  # diffusers' own for DreamBooth with LoRA
 
     @abstractmethod
     def settings(self, index: Mapping[str, Any]) -> BaseSettings:
@@ -86,6 +87,10 @@ class Family(ABC):
     @abstractmethod
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], device: torch.device, length: int) -> Text:
         """Embeddings of n prompts of at most `length` tokens."""
+
+    @abstractmethod
+    def tokens(self, pipeline: Any, prompt: str) -> int:
+        """How many text tokens a prompt has."""
 
     @abstractmethod
     def text_shapes(self, transformer: nn.Module, tokens: int) -> tuple[tuple[int, ...], ...]:

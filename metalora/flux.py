@@ -42,6 +42,7 @@ class Flux(Family):
     large_text_encoder = "text_encoder_2"
     known = "black-forest-labs/FLUX.1-dev"
     configs = FLUX_DEV
+    dreambooth_script = "train_dreambooth_lora_flux.py"
     # single block   11   the input of its norm, q and k before and after their norms (4), v, the attention's output, and the
     #                     input of the GELU (4)
     # double block   12   the same for both streams, and the input of the second norm
@@ -68,6 +69,9 @@ class Flux(Family):
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], device: torch.device, length: int) -> Text:
         embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=device, max_sequence_length=length)
         return Text((embeds, pooled))  # (n, tokens, d_t5), (n, d_clip)
+
+    def tokens(self, pipeline: Any, prompt: str) -> int:
+        return len(pipeline.tokenizer_2(prompt, verbose=False).input_ids)
 
     def text_shapes(self, transformer: nn.Module, tokens: int) -> tuple[tuple[int, ...], ...]:
         return (tokens, transformer.config.joint_attention_dim), (transformer.config.pooled_projection_dim,)

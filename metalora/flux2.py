@@ -37,6 +37,7 @@ class Flux2Klein(Family):
     large_text_encoder = "text_encoder"
     known = "black-forest-labs/FLUX.2-klein-4B"
     configs = KLEIN_4B
+    dreambooth_script = "train_dreambooth_lora_flux2_klein.py"
     # single block   16   the input of its norm, the output of the fused layer (9: q, k, v and both halves of the SwiGLU), q and k
     #                     after their norms (2), the attention's output, and the SiLU's output (3)
     # double block   17   the same for both streams, and the input of the second norm
@@ -58,12 +59,18 @@ class Flux2Klein(Family):
     )
 
     def settings(self, index: Mapping[str, Any]) -> BaseSettings:
-        """The steps and the guidance that its makers name for the distilled and for the base models."""
-        return BaseSettings(inference_steps=4, guidance=1.0) if index.get("is_distilled") else BaseSettings(inference_steps=50, guidance=4.0)
+        """The steps and the guidance that its makers name for the distilled and for the base models, and texts of the length that both know."""
+        steps, guidance = (4, 1.0) if index.get("is_distilled") else (50, 4.0)
+        return BaseSettings(inference_steps=steps, guidance=guidance, usual_sequence_length=512)
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], device: torch.device, length: int) -> Text:
         embeds, _ = pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=length)
         return Text((embeds,))  # (n, tokens, 3 · d_qwen)
+
+    def tokens(self, pipeline: Any, prompt: str) -> int:
+        said = [{"role": "user", "content": prompt}]
+        text = pipeline.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        return len(pipeline.tokenizer(text, verbose=False).input_ids)
 
     def text_shapes(self, transformer: nn.Module, tokens: int) -> tuple[tuple[int, ...], ...]:
         return ((tokens, transformer.config.joint_attention_dim),)

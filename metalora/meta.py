@@ -203,7 +203,7 @@ def _validate(base: Base, heads: Adapter, unseen: tuple[TrainingSet, TrainingSet
         pass
     losses = []
     with torch.no_grad():
-        for rows in torch.arange(len(rest), device=base.device).split(config.batch_size):
+        for rows in torch.arange(len(rest)).split(config.batch_size):
             heads.use_rows(rest.subject[rows])
             losses += [flow_loss(base, rest, rows, generator, config.flow).item() * len(rows) for _ in range(VALIDATION_DRAWS)]
     heads.use_rows(None)

@@ -67,7 +67,7 @@ def _fetch(path: Path) -> bytes:
 
 def check(base: Base) -> None:
     """Say at once, and not after an hour's work, what the script lacks."""
-    if base.family.pipeline != "FluxPipeline":
+    if base.family.dreambooth_script != NAME:
         raise MetaLoraError(f"diffusers' training script is for FLUX.1, and {base.name} is of another family; leave it out, or take another base.")
     if importlib.util.find_spec("torchvision") is None:
         raise MetaLoraError("diffusers' training script needs torchvision; install the release that fits this torch (pip install torchvision==0.28.0).")

@@ -6,6 +6,7 @@ weights are, which of them stay on the card, and whether a training step keeps i
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ PIXELS_AT_ONCE = 2**19  # that the VAE encodes in one call: two pictures of 512x
 TOKENS_AT_ONCE = 2**12  # that the text encoders take in one call: eight prompts of 512
 Precision = Literal["float32", "bf16", "fp8", "4-bit"]
 Learning = Literal["person", "plain", "stage 1"]  # Mid and Up; an ordinary LoRA; all three factors of many people
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # in the kernel's second and first way to say it
 PACKAGES = {"fp8": ("torchao", "0.18.0"), "4-bit": ("bitsandbytes", "0.50.2")}  # what a precision needs, and the version it was made with
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")  # all that a base of any family has
@@ -68,7 +70,8 @@ class Work:
 
     resolution: int  # px, of generated pictures
     train_resolution: int  # px
-    text_tokens: int
+    text_tokens: int  # of the longest prompt
+    caption_tokens: int  # of a training step
     batch: int
     identities: int  # resident at a time
     rank: int
@@ -79,7 +82,7 @@ class Work:
     @classmethod
     def of(cls, settings: BaseSettings, learning: Learning = "person") -> Work:
         """The work that a base's settings ask for."""
-        a, common = settings.adapter, (settings.resolution, settings.train_resolution, settings.max_sequence_length)
+        a, common = settings.adapter, (settings.resolution, settings.train_resolution, settings.max_sequence_length, settings.text_tokens)
         if learning == "stage 1":
             return cls(*common, settings.meta.batch_size, settings.meta.bucket_size, a.rank, a.meta_rank, True, a.targets)
         if learning == "plain":
@@ -151,7 +154,7 @@ class Model:
         of what learns, and Down.
         """
         config, vectors = self.modules["transformer"].config, self.family.vectors
-        tokens = work.batch * (self.tokens(work.train_resolution) + work.text_tokens)
+        tokens = work.batch * (self.tokens(work.train_resolution) + work.caption_tokens)
         more = vectors.learning if work.learns_down else 0
         single, double = vectors.single + more, vectors.double + more
         blocks = config.num_single_layers + config.num_layers
@@ -226,10 +229,11 @@ class Choice:
         return f"{self.plan.name}: {describe(self.plan)}; {where} of system memory"
 
     def below(self, plan: Plan) -> Plan | None:
-        """The next plan that needs less of the card for some piece of work and more for none; None where there is none."""
+        """The next plan that can be followed here and needs less of the card for some piece of work and more for none; None where there is none."""
         later, now = PLANS[PLANS.index(plan) + 1 :] if plan in PLANS else (), self.needs[plan.name].phases
         phases = {other: self.needs[other.name].phases for other in later}
-        return next((other for other, then in phases.items() if then != now and all(then[phase] <= now[phase] for phase in now)), None)
+        less = (other for other, then in phases.items() if then != now and all(then[phase] <= now[phase] for phase in now))
+        return next((other for other in less if lacking(other.precision) is None), None)
 
 
 def describe(plan: Plan) -> str:
@@ -255,12 +259,26 @@ def choose(gpu: int | None, system: int | None, needs: dict[str, Needs], name: s
             raise MetaLoraError(f"There is no plan {name} {'for a GPU' if gpu is not None else 'on a CPU'}; choose {', '.join(plans)}, or leave --plan out.")
         return Choice(plans[name], needs, {})
     passed: dict[str, str] = {}
+    would_do = None  # why the first plan that would fit cannot be followed
     for plan in plans.values():
-        reason = _too_much(plan.name, needs[plan.name], gpu, system)
-        if reason is None:
+        lacks, reason = lacking(plan.precision), _too_much(plan.name, needs[plan.name], gpu, system)
+        if reason is None and lacks is None:
             return Choice(plan, needs, passed)
-        passed[plan.name] = reason
-    raise MetaLoraError(_nothing_fits([needs[name] for name in plans], gpu, system))
+        passed[plan.name] = reason or f"{plan.name} needs {lacks}."
+        would_do = would_do or (None if reason else passed[plan.name])
+    raise MetaLoraError(would_do or _nothing_fits([needs[name] for name in plans], gpu, system))
+
+
+def lacking(precision: Precision) -> str | None:
+    """What is to be installed for weights of that precision; None where it is there."""
+    if precision not in PACKAGES:
+        return None
+    package, version = PACKAGES[precision]
+    try:
+        importlib.metadata.version(package)
+        return None
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package}; run `pip install {package}=={version}`"
 
 
 def _too_much(name: str, need: Needs, gpu: int | None, system: int | None) -> str | None:
@@ -304,10 +322,16 @@ def _build(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> dict[str
         return {part: build(name, configs[part]) for part, name in family.networks.items()}
 
 
+def numbered(device: torch.device) -> torch.device:
+    """A GPU by its number, where only the kind is said: the one that this process uses. A CPU as it is."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def card(device: torch.device) -> int | None:
     """Bytes of a GPU that this process has or can have; None for a CPU. Sets the limit, so that none is taken from system memory."""
     if device.type != "cuda":
         return None
+    device = numbered(device)  # the limit wants it so
     free, total = torch.cuda.mem_get_info(device)
     ours = min(total, free + torch.cuda.memory_reserved(device))
     torch.cuda.set_per_process_memory_fraction(ours / total, device)
@@ -315,5 +339,9 @@ def card(device: torch.device) -> int | None:
 
 
 def system_memory() -> int | None:
-    """Bytes of this machine's memory; None where it does not say."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    """Bytes of this machine's memory, or of this container's share of it; None where it does not say."""
+    if not hasattr(os, "sysconf"):
+        return None
+    limits = (Path(path) for path in CONTAINER_LIMITS)
+    shares = [int(limit) for path in limits if path.is_file() and (limit := path.read_text().strip()).isdigit()]
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *shares])

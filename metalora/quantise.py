@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Any
 
 import torch
 
 from .errors import MetaLoraError
 from .family import Family
-from .plan import PACKAGES, Precision
+from .plan import PACKAGES, Precision, lacking
 
 
 def configs_for(precision: Precision, dtype: torch.dtype, family: Family) -> dict[str, Any]:
@@ -19,11 +18,8 @@ def configs_for(precision: Precision, dtype: torch.dtype, family: Family) -> dic
     """
     if precision not in PACKAGES:
         return {}
-    package, version = PACKAGES[precision]
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise MetaLoraError(f"{precision} weights need {package}; run `pip install {package}=={version}`, or choose another plan with --plan.") from error
+    if lacks := lacking(precision):
+        raise MetaLoraError(f"{precision} weights need {lacks}, or choose another plan with --plan.")
     return _fp8() if precision == "fp8" else _four_bit(dtype, family.large_text_encoder)
 
 

@@ -44,7 +44,7 @@ SCRIPT = f"diffusers' script, rank {PEER_RANK}"
 
 
 @contextmanager
-def meta_lora(base: Base, data: TrainingSet, case: Case, checkpointing: bool) -> Iterator[Iterator[float]]:
+def meta_lora(base: Base, data: TrainingSet, case: Case, checkpointing: bool = False, recorded: bool = False) -> Iterator[Iterator[float]]:
     """Stage 2 as `adapt` does it, or of several people at a time as stage 1 does: an endless iterator of losses, a step each."""
     shape, generator = replace(base.settings.adapter, rank=case.rank, meta_rank=case.meta_rank), torch.Generator().manual_seed(0)
     downs = random_downs(base.transformer, shape, generator)
@@ -53,11 +53,12 @@ def meta_lora(base: Base, data: TrainingSet, case: Case, checkpointing: bool) ->
         yield fit(
             base, adapter, data, [optimizer(list(trainable(adapter)), base.settings.adapt.learning_rate)], steps=sys.maxsize,
             batch_size=case.batch, generator=torch.Generator().manual_seed(1), flow_config=FlowConfig(), max_grad_norm=1.0,
+            recorded=recorded,
         )  # fmt: skip
 
 
 @contextmanager
-def peft_lora(base: Base, data: TrainingSet, case: Case, checkpointing: bool) -> Iterator[Iterator[float]]:
+def peft_lora(base: Base, data: TrainingSet, case: Case, checkpointing: bool = False) -> Iterator[Iterator[float]]:
     """Ordinary LoRA training as diffusers' DreamBooth scripts do it: PEFT's layers in float32 under autocast."""
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -80,7 +81,7 @@ def _peft_steps(base: Base, data: TrainingSet, case: Case, parameters: list[nn.P
     generator = torch.Generator().manual_seed(1)
     for rows in draw_rows(data, case.batch, generator):
         with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
-            loss = flow_loss(base, data, rows.to(base.device), generator, FlowConfig())
+            loss = flow_loss(base, data, rows, generator, FlowConfig())
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         adamw.step()
@@ -99,30 +100,37 @@ def _checkpointing(transformer: Any, on: bool) -> Iterator[None]:
 
 
 class Way(NamedTuple):
-    """A way of training."""
+    """A way of training: what trains and how, and whether the blocks are compiled."""
 
     train: Callable[..., Any]
-    checkpointing: bool = False
+    how: dict[str, bool] = {}
     compiled: bool = False
 
+    @property
+    def anywhere(self) -> bool:
+        """Whether it is for a CPU too."""
+        return not self.compiled and "recorded" not in self.how
 
+
+CHECKPOINTING, RECORDED = {"checkpointing": True}, {"recorded": True}
 PEFT = f"PEFT LoRA of rank {PEER_RANK}"
 WAYS = {
-    "Meta-LoRA": Way(meta_lora), "Meta-LoRA, checkpointing": Way(meta_lora, checkpointing=True), "Meta-LoRA, compiled": Way(meta_lora, compiled=True),
-    PEFT: Way(peft_lora), f"{PEFT}, checkpointing": Way(peft_lora, checkpointing=True),
+    "Meta-LoRA": Way(meta_lora), "Meta-LoRA, checkpointing": Way(meta_lora, CHECKPOINTING), "Meta-LoRA, compiled": Way(meta_lora, compiled=True),
+    "Meta-LoRA, recorded": Way(meta_lora, RECORDED), "Meta-LoRA, compiled and recorded": Way(meta_lora, RECORDED, compiled=True),
+    PEFT: Way(peft_lora), f"{PEFT}, checkpointing": Way(peft_lora, CHECKPOINTING),
 }  # fmt: skip
 
 
 def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[list[float], dict[str, Any]]:
-    """Milliseconds of every step; beside it peak GPU memory and what autograd keeps beyond the weights, operations of a step, the first loss."""
-    train, checkpointing, compiled = WAYS[way]
+    """Milliseconds of every step; beside it peak GPU memory and what autograd keeps beyond the weights, operations of a step, the first and the last loss."""
+    train, how, compiled = WAYS[way]
     data, gpu = random_pictures(base, case), base.device.type == "cuda"
     gc.collect()
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(base.device)
         held = torch.cuda.memory_allocated(base.device)
-    with train(base, data, case, checkpointing) as losses, base.compiled() if compiled else nullcontext():
+    with train(base, data, case, **how) as losses, base.compiled() if compiled else nullcontext():
         begin = time.perf_counter()
         with FlopCounterMode(display=False) as counter, _kept() as kept:
             first = next(losses)
@@ -132,10 +140,10 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[
         times = []
         for _ in range(steps):
             begin = time.perf_counter()
-            next(losses)  # it reads a loss, on a GPU that of the step before: the device is never further ahead than one step
+            last = next(losses)  # it reads a loss, on a GPU that of the step before: the device is never further ahead than one step
             times.append(1000 * (time.perf_counter() - begin))
         losses.close()
-    found = {"first loss": first, "s to the first step": to_first, "tera-operations a step": counter.get_total_flops() / 1e12, "MiB kept for the way back": sum(kept.values()) / 2**20}
+    found = {"first loss": first, "last loss": last, "s to the first step": to_first, "tera-operations a step": counter.get_total_flops() / 1e12, "MiB kept for the way back": sum(kept.values()) / 2**20}
     return times, found | ({"peak GiB beyond the weights": (torch.cuda.max_memory_allocated(base.device) - held) / GIB} if gpu else {})
 
 
@@ -199,11 +207,11 @@ def compare(base: Base, cases: Sequence[Case], ways: Sequence[str], warmup: int,
 
 
 def _measured(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[list[float], dict[str, Any]] | None:
-    """What `measure` finds; None, and a line that says so, where the memory does not do for it."""
+    """What `measure` finds; None, and a line that says so, where this device or its memory does not do for it: the other ways go on."""
     try:
         return measure(base, case, way, warmup, steps)
-    except (MetaLoraError, torch.OutOfMemoryError):
-        print(f"{way} at {case.resolution} px does not fit this GPU's memory", flush=True)
+    except (MetaLoraError, RuntimeError) as error:
+        print(f"{way} at {case.resolution} px cannot be done here: {str(error).splitlines()[0]}", flush=True)
         return None
 
 
@@ -243,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--growth", action="store_true", help="also cases of which each differs in one respect: size, text, batch, ranks, people at a time")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="with --growth: a figure of it, .svg or .png")
     parser.add_argument("--draw", type=int, nargs="?", const=10, default=0, metavar="PICTURES", help="also pictures, so many in every way (%(const)s)")
-    parser.add_argument("--way", action="append", choices=list(WAYS), metavar="WAY", help=f"one of {', '.join(WAYS)}; repeatable; all when not given, on a CPU without the compiled ones")
+    parser.add_argument("--way", action="append", choices=list(WAYS), metavar="WAY", help=f"one of {', '.join(WAYS)}; repeatable; all when not given, on a CPU those that can be had there")
     parser.add_argument("--script", type=int, nargs="?", const=100, default=0, metavar="STEPS", help="also diffusers' own training script, which is fetched, over so many steps (%(const)s)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before, in every round (%(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="of every way in a round (%(default)s)")
@@ -265,11 +273,11 @@ def main(arguments: list[str] | None = None) -> None:
     except MetaLoraError as error:
         sys.exit(str(error))
     s = base.settings
-    asked = [given.resolution or [s.train_resolution], given.text or [s.max_sequence_length], given.batch or [1]]
+    asked = [given.resolution or [s.train_resolution], given.text or [s.text_tokens], given.batch or [1]]
     cases = [Case(*sizes) for sizes in product(*asked, given.rank or [s.adapter.rank], given.meta_rank or [s.adapter.meta_rank])]
     cases = [each for case in cases for each in growth.cases(case)] if given.growth else cases
     possible = [name for name, way in WAYS.items() if way.train is meta_lora or not given.fp8]
-    ways = given.way or [name for name in possible if not WAYS[name].compiled or base.device.type == "cuda"]
+    ways = given.way or [name for name in possible if WAYS[name].anywhere or base.device.type == "cuda"]
     with nullcontext() if given.base in FULL_SIZE else base.resident("transformer", "vae"):
         found = compare(base, cases, ways, given.warmup, given.steps, given.script, given.rounds)
         found["pictures"] = draw(base, cases[:1], min(2, given.warmup), given.draw) if given.draw else []

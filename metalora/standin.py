@@ -15,8 +15,9 @@ from .cache import TrainingSet
 from .config import BaseSettings
 from .families import KNOWN
 from .family import Family, Text
+from .frozen import freeze
 from .generate import Person
-from .plan import Choice, Model, Plan, Precision, Work
+from .plan import Choice, Model, Plan, Precision, Work, numbered
 from .quantise import configs_for
 
 FULL_SIZE = {"flux-dev": KNOWN["black-forest-labs/FLUX.1-dev"], "klein-4b": KNOWN["black-forest-labs/FLUX.2-klein-4B"]}
@@ -41,7 +42,7 @@ def random_base(name: str, family: Family, place: torch.device, precision: Preci
     Its weights are drawn as for training, never zeros: those make a GPU draw less power and run faster. `precision` is the
     transformer's, bf16 or fp8. Raises MetaLoraError where the library for it is missing.
     """
-    configs = configs_for(precision, torch.bfloat16, family)
+    configs, place = configs_for(precision, torch.bfloat16, family), numbered(place)
     import diffusers
 
     before = torch.get_default_dtype()
@@ -56,13 +57,14 @@ def random_base(name: str, family: Family, place: torch.device, precision: Preci
         from torchao.quantization import quantize_
 
         quantize_(parts["transformer"], configs["transformer"].quant_type)
+        freeze(parts["transformer"])
     absent = dict.fromkeys([*family.text_encoders, *(part.replace("text_encoder", "tokenizer") for part in family.text_encoders)])
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     pipeline = getattr(diffusers, family.pipeline)(scheduler=scheduler, **parts, **absent)
     pipeline.set_progress_bar_config(disable=True)
     plan = Plan("resident", precision, ("transformer", "vae"))
     choice = Choice(plan, Model(family, family.configs).needs(Work.of(BaseSettings())), {})
-    return Base(pipeline, family, BaseSettings(), name, "random", place, Path(), choice, plan)
+    return Base(pipeline, family, BaseSettings(), name, "random", place, Path(), choice, plan, precision)
 
 
 def random_pictures(base: Base, case: Case) -> TrainingSet:

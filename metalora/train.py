@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from .base import Base
 from .cache import TrainingSet
 from .config import FlowConfig
 from .errors import MetaLoraError
+from .graph import Recorded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -130,24 +132,39 @@ class Share(NamedTuple):
         return rows[self.rank :: self.world]
 
 
-def flow_loss(base: Base, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share = Share()) -> Tensor:
-    """Rectified-flow loss of the pictures `rows` (batch,), with latent sample, noise and noise level drawn from `generator`.
+class Drawn(NamedTuple):
+    """What a step reads: which pictures, and all that is random in it, on the device. Of several processes each holds its share."""
 
-    All draws are made for the whole batch; with a `share` only its rows are worked on, and the shares' losses add up. Where
-    tokens have weights it is the weighted mean.
-    """
-    shape = (2, len(rows), *data.mean.shape[1:])
-    draws = torch.randn(shape, generator=generator), flow.sample_sigmas(len(rows), generator, config)
-    whole = rows
-    rows = share.of(rows)
-    spread, noise, sigma = (_sent(share.of(t), data.mean.device) for t in (*draws[0], draws[1]))  # two (batch, tokens, channels), one (batch,)
+    whole: Tensor  # (batch,) picture numbers of all processes
+    rows: Tensor  # (share,) those of this one
+    spread: Tensor  # (share, tokens, channels), where in its latents' distribution each picture is taken
+    noise: Tensor  # (share, tokens, channels)
+    sigma: Tensor  # (share,)
+
+
+def draw(data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share = Share()) -> Drawn:
+    """The draws for the pictures `rows` (batch,), made for the whole batch and on the CPU: they are the same on every device and for every share."""
+    spread, noise = torch.randn((2, len(rows), *data.mean.shape[1:]), generator=generator)
+    sigma = flow.sample_sigmas(len(rows), generator, config)
+    own = (share.of(t) for t in (rows, spread, noise, sigma))
+    return Drawn(*(_sent(t, data.mean.device) for t in (rows, *own)))
+
+
+def loss_of(base: Base, data: TrainingSet, drawn: Drawn) -> Tensor:
+    """Rectified-flow loss () of what was drawn. Where tokens have weights it is the weighted mean; the losses of all shares add up to that of the batch."""
+    whole, rows, spread, noise, sigma = drawn
     x = data.mean[rows] + data.std[rows] * spread
     noisy = flow.interpolate(x, noise, sigma).to(base.dtype)
     predicted = base.velocity(noisy, sigma, data.text.rows(data.caption[rows]), data.image_ids, base.settings.train_guidance)
     if data.weight is None:
         return F.mse_loss(predicted.float(), flow.target(x, noise)) * (len(rows) / len(whole))
-    error = F.mse_loss(predicted.float(), flow.target(x, noise), reduction="none").mean(-1)  # (batch, tokens)
+    error = F.mse_loss(predicted.float(), flow.target(x, noise), reduction="none").mean(-1)  # (share, tokens)
     return (error * data.weight[rows]).sum() / data.weight[whole].sum()
+
+
+def flow_loss(base: Base, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share = Share()) -> Tensor:
+    """The loss () of the pictures `rows` (batch,), with latent sample, noise and noise level drawn from `generator`."""
+    return loss_of(base, data, draw(data, rows, generator, config, share))
 
 
 def fit(
@@ -164,11 +181,13 @@ def fit(
     rate: Callable[[int], float] = lambda step: 1.0,
     share: Share = Share(),
     late: bool | None = None,
+    recorded: bool = False,
 ) -> Iterator[float]:
     """Train the adapter's open factors for `steps` steps and yield the loss of each.
 
     Where it is `late`, as on a GPU, what comes from the second step on is the loss of the step before: it is read when the next
-    step has been sent off already, so that the device never waits for it.
+    step has been sent off already, so that the device never waits for it. Where it is `recorded`, which only a GPU can, steps are
+    played from a recording (graph.py); with checkpointing, which looks at the GPU's random state, they are not.
 
     `rate` multiplies every optimiser's own learning rate. Every draw comes from `generator`, which lives on the CPU.
     With a `share` every process works on its rows of each batch, and gradients are summed: all take the same steps.
@@ -177,12 +196,11 @@ def fit(
     parameters = list(trainable(adapter))
     full = [group["lr"] for o in optimizers for group in o.param_groups]
     batches = draw_rows(data, batch_size, generator)
+    gradients = _Gradients(base, adapter, data, recorded and base.device.type == "cuda")
     late, unread = base.device.type == "cuda" if late is None else late, None
     try:
         for step in range(steps):
-            rows = _sent(next(batches), data.subject.device)
-            adapter.use_rows(share.of(data.subject[rows]) if adapter.count > 1 else None)
-            value = _gradients(base, adapter, data, rows, generator, flow_config, share)
+            value = gradients(draw(data, next(batches), generator, flow_config, share))
             if share.world > 1:
                 value = sum_over_processes(parameters, value)
             loss = None if late else _read(value)
@@ -225,35 +243,46 @@ def sum_over_processes(parameters: Sequence[nn.Parameter], loss: Tensor | None =
     return total[0]
 
 
-def _gradients(
-    base: Base, adapter: Adapter, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share
-) -> Tensor:
-    """The loss () of one step, its gradients left with the parameters; a step that the memory does not do for is done again."""
-    start = generator.get_state()
+class _Gradients:
+    """The loss () of a step, its gradients left with the parameters; a step that the memory does not do for is done again."""
 
-    def step() -> Tensor:
-        with _repeatable(base.device):
-            loss = flow_loss(base, data, rows, generator, config, share)
+    def __init__(self, base: Base, adapter: Adapter, data: TrainingSet, recorded: bool):
+        self.base, self.adapter, self.data = base, adapter, data
+        self.recorded = Recorded(self._work, list(trainable(adapter))) if recorded else None
+
+    def __call__(self, drawn: Drawn) -> Tensor:
+        return self.base.persevere(partial(self._step, drawn), self._again)
+
+    def _step(self, drawn: Drawn) -> Tensor:
+        return self.recorded(drawn) if self.recorded and not self.base.transformer.is_gradient_checkpointing else self._work(drawn)
+
+    def _work(self, inputs: Sequence[Tensor]) -> Tensor:
+        drawn = Drawn(*inputs)
+        self.adapter.use_rows(self.data.subject[drawn.rows] if self.adapter.count > 1 else None)
+        with _repeatable(self.base.device):
+            loss = loss_of(self.base, self.data, drawn)
             loss.backward()
         return loss.detach()
 
-    def again() -> None:
-        generator.set_state(start)
-        for p in trainable(adapter):
+    def _again(self) -> None:
+        if self.recorded:
+            self.recorded.forget()
+        for p in trainable(self.adapter):
             p.grad = None
-        if base.transformer is not adapter.transformer:
-            adapter.move_to(base.transformer)
-
-    return base.persevere(step, again)
+        if self.base.transformer is not self.adapter.transformer:
+            self.adapter.move_to(self.base.transformer)
 
 
 @contextmanager
 def _repeatable(device: torch.device) -> Iterator[None]:
     """On a GPU, choose the kernels whose result does not change from run to run; a CPU's do not anyway."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it writes every new tensor once more; nothing here reads what it has not written
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled

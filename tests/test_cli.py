@@ -188,7 +188,7 @@ def test_the_doctor_names_what_is_there_and_what_is_not(call, tiny_base):
 
 @pytest.mark.one_family
 def test_the_doctor_says_what_fits_which_card(call):
-    sizes = {80: "folding", 48: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit-checkpointing", 10: "offload"}
+    sizes = {80: "folding", 48: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit", 10: "offload"}
     ask = ["doctor", "--base", "black-forest-labs/FLUX.1-dev", "--meta-down", "nowhere", "--memory", *sizes, 6]
     cards = json.loads(call(*ask, "--json")[1])["cards"]
     assert [cards[f"a card of {size} GiB"]["plan"] for size in sizes] == list(sizes.values())

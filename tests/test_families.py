@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, FluxPipeline
@@ -72,6 +74,17 @@ def test_guidance_takes_the_prompts_that_it_needs(base):
 
     ours, plain = draw(given), draw({"prompt": "a park"})
     torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-3)
+
+
+def test_a_prompt_that_is_longer_than_usual_takes_more_tokens(base):
+    prompt = "a photo of a woman in the park"
+    tokens = base.family.tokens(base.pipeline, prompt)
+
+    def embeds(usual: int) -> torch.Tensor:
+        return replace(base, settings=replace(base.settings, usual_sequence_length=usual)).encode_for_picture(prompt, 1.0).embeds
+
+    fits, longer, whole = embeds(tokens), embeds(tokens - 1), base.encode_for_picture(prompt, 1.0).embeds
+    assert fits.shape[1] == tokens and torch.equal(longer, whole) and longer.shape[1] == base.settings.max_sequence_length > tokens
 
 
 def test_a_family_has_defaults_of_its_own(base, tmp_path):

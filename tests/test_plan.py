@@ -17,13 +17,15 @@ from diffusers import Flux2KleinPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.cuda._utils import _get_device_index
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchao.float8.inference import Float8MMConfig
 from torchao.quantization.quantize_.workflows import Float8Tensor, QuantizeTensorToFloat8Kwargs
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from metalora import MetaLoraError, adapter, plan
+import metalora.base
+from metalora import MetaLoraError, adapter, frozen, plan
 from metalora.adapt import adapt, adapt_plain
 from metalora.adapter import attach, find_targets
 from metalora.base import Base, _load_pipeline
@@ -86,7 +88,7 @@ def on_gpu(base: Base, name: str) -> Base:
     """The tiny base as if a card had it under that plan; only that its card is the CPU."""
     model = Model.of(base.folder)
     chosen = choose(0, None, model.needs(Work.of(base.settings)), name)
-    carded = replace(base, pipeline=_load_pipeline(base.folder, base.family, chosen.plan), choice=chosen, plan=chosen.plan, fold=Fold(), _at_work=Counter())
+    carded = replace(base, pipeline=_load_pipeline(base.folder, base.family, chosen.plan), choice=chosen, plan=chosen.plan, precision=chosen.plan.precision, fold=Fold(), _at_work=Counter())
     carded._settle()
     return carded
 
@@ -155,7 +157,7 @@ def the_step(model: Model, transformer: nn.Module, work: Work, device: str, dtyp
     downs = {n: torch.zeros(work.meta_rank, layer.in_features, device=device) for n, layer in find_targets(transformer, work.targets).items()}
     b, side = work.batch, work.train_resolution // 16
     zeros = partial(torch.zeros, device=device, dtype=dtype)
-    text = Text(zeros(b, *shape) for shape in model.family.text_shapes(transformer, work.text_tokens))
+    text = Text(zeros(b, *shape) for shape in model.family.text_shapes(transformer, work.caption_tokens))
     given = zeros(b, side**2, transformer.config.in_channels), zeros(b), text, model.family.image_ids(side, side).to(device), 1.0
     with attach(transformer, downs, shape) as heads:
         heads.train_down(work.learns_down)
@@ -187,7 +189,7 @@ def test_a_training_step_of_any_shape_takes_what_is_predicted(base, double, sing
     config = {**base.transformer.config, "num_layers": double, "num_single_layers": single, "num_attention_heads": 8}
     model = Model(base.family, {**Model.of(base.folder).configs, "transformer": config})
     transformer = type(base.transformer).from_config(config)
-    work = Work(512, 512, tokens, batch, 1, 1, 4, True, WORK["person"].targets)
+    work = Work(512, 512, tokens, tokens, batch, 1, 1, 4, True, WORK["person"].targets)
     measured, predicted, gradients = the_step(model, transformer, work, "cpu", torch.float32, False)
     assert 0.9 * predicted < measured < 1.1 * predicted + gradients
 
@@ -233,7 +235,7 @@ def test_a_larger_card_never_gets_a_slower_plan_and_none_is_overfilled(needs, ki
 
 
 CARDS = {  # GiB → the plan for it
-    FLUX_DEV: {80: "folding", 48: "resident", 40: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit-checkpointing", 10: "offload"},
+    FLUX_DEV: {80: "folding", 48: "resident", 40: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit", 10: "offload"},
     KLEIN_4B: {32: "folding", 24: "resident", 16: "fp8", 12: "4-bit", 8: "4-bit", 6: "offload"},
 }
 
@@ -274,13 +276,51 @@ def test_every_step_down_needs_less(needs):
     assert choice.below(plan.ON_CPU) is None
 
 
+def without(monkeypatch, *packages: str) -> None:
+    """Nothing of these is installed."""
+    version = importlib.metadata.version
+
+    def found(name: str) -> str:
+        if name in packages:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", found)
+
+
+def test_a_plan_whose_library_is_missing_is_passed_over(needs, known, monkeypatch):
+    card = {FLUX_DEV: 24, KLEIN_4B: 16}[known.family.known] * GIB
+    assert choose(card, None, needs["person"]).plan.name == "fp8"
+    without(monkeypatch, "torchao")
+    choice = choose(card, None, needs["person"])
+    assert choice.plan.precision == "4-bit" and choice.passed_over["fp8"] == "fp8 needs torchao; run `pip install torchao==0.18.0`."
+    assert all(BY_NAME[name].precision != "fp8" for name in [choice.plan.name, choice.below(BY_NAME["lean-checkpointing"]).name])
+    without(monkeypatch, "torchao", "bitsandbytes")
+    with pytest.raises(MetaLoraError, match="fp8 needs torchao; run"):
+        choose(card, None, needs["person"])
+
+
+def test_the_limit_is_set_for_the_gpu_in_use(monkeypatch):
+    """torch takes a GPU without a number there for a mistake."""
+    limits = {}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6, 20))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.update({_get_device_index(device): share}))
+    assert plan.card(torch.device("cuda")) == 8 and plan.card(torch.device("cuda:3")) == 8 and limits == {1: 0.4, 3: 0.4}
+
+
+def test_a_container_has_the_memory_that_it_may_take(tmp_path, monkeypatch):
+    whole, limit = plan.system_memory(), tmp_path / "memory.max"
+    monkeypatch.setattr(plan, "CONTAINER_LIMITS", (str(tmp_path / "none"), str(limit)))
+    for said, memory in (("max\n", whole), ("1048576\n", 2**20), (f"{2**63 - 4096}\n", whole)):
+        limit.write_text(said)
+        assert plan.system_memory() == memory
+
+
 def test_a_missing_library_is_a_sentence(monkeypatch):
     family = KNOWN[FLUX_DEV]
-
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr("importlib.metadata.version", missing)
+    without(monkeypatch, "torchao", "bitsandbytes")
     with pytest.raises(MetaLoraError, match="pip install bitsandbytes=="):
         configs_for("4-bit", torch.bfloat16, family)
     with pytest.raises(MetaLoraError, match="pip install torchao=="):
@@ -315,6 +355,24 @@ def test_memory_that_runs_out_while_learning_loses_nothing(base, meta_down, phot
     assert identity.sha256 == whole.sha256  # bf16 under all of these plans, and checkpointing computes the same
     said = [record.message for record in caplog.records]
     assert len(said) == 2 and "ran out of memory with the plan resident; going on with " in said[0]
+
+
+def test_memory_that_does_not_even_do_for_the_next_plan_s_weights_goes_down_further(base, meta_down, photo, config, monkeypatch, caplog):
+    carded = on_gpu(base, "lean-checkpointing")
+    load, precisions = metalora.base._load_pipeline, []
+
+    def loading(folder, family, plan):
+        precisions.append(plan.precision)
+        if plan.precision == "fp8":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(folder, family, replace(plan, precision="bf16"))  # 4-bit weights are made on a card alone
+
+    monkeypatch.setattr(metalora.base, "_load_pipeline", loading)
+    fail_at(carded, monkeypatch, [2])
+    reports, identity = run(adapt(carded, meta_down, photo, config))
+    assert len(reports) == config.steps and identity.steps == config.steps
+    assert precisions[0] == "fp8" and precisions[-1] == carded.precision == carded.plan.precision == "4-bit"
+    assert [record.message for record in caplog.records][-1].endswith("checkpointing.")
 
 
 def test_memory_that_runs_out_below_the_last_plan_is_a_sentence(base, meta_down, photo, config, monkeypatch):
@@ -368,8 +426,8 @@ def test_a_frozen_fp8_layer_has_the_gradient_of_its_weights_and_keeps_none(base)
     weight, x = layer.weight.dequantize(), torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = adapter.Frozen.apply(x, layer)
-    assert adapter.is_torchao(layer) and not kept and torch.equal(y, layer(x))
+        y = layer(x)
+    assert isinstance(layer, frozen.FrozenLinear) and not kept and torch.equal(y, F.linear(x, layer.weight, layer.bias))
     grad = torch.randn_like(y)
     torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], grad @ weight)
 
@@ -385,11 +443,11 @@ def test_a_gradient_through_float8_products_is_that_of_the_weights():
     data, scale = fp8_rows(torch.randn(48, 32) * torch.logspace(-2, 2, 48)[:, None])  # rows of very different size
     grad = torch.randn(2, 5, 48) * torch.logspace(-6, 0, 10).view(2, 5, 1)  # tokens too
     exact = grad @ (data.float() * scale)
-    found = adapter.fp8_gradient(grad.bfloat16(), data, scale).float()
+    found = frozen.fp8_gradient(grad.bfloat16(), data, scale).float()
     assert found.shape == (2, 5, 32)
     assert torch.cosine_similarity(found, exact, dim=-1).min() > 0.998
     torch.testing.assert_close(found.norm(dim=-1), exact.norm(dim=-1), rtol=0.03, atol=0)
-    assert (adapter.fp8_gradient(torch.zeros(3, 48), data, scale) == 0).all()
+    assert (frozen.fp8_gradient(torch.zeros(3, 48), data, scale) == 0).all()
 
 
 def test_a_layer_that_multiplies_float8_numbers_learns_through_them():
@@ -401,10 +459,25 @@ def test_a_layer_that_multiplies_float8_numbers_learns_through_them():
     inputs = QuantizeTensorToFloat8Kwargs(mm_config=Float8MMConfig(use_fast_accum=True))
     weight = Float8Tensor.from_hp(layer.weight, mm_config=inputs.mm_config, act_quant_kwargs=inputs)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    y = adapter.Frozen.apply(x, layer)
-    assert adapter.is_torchao(layer) and torch.equal(y, layer(x))
+    frozen.freeze(layer)
+    y = layer(x)
+    assert isinstance(layer, frozen.FrozenLinear)
     found = torch.autograd.grad(y, x, grad)[0]
     assert torch.cosine_similarity(found.float(), wanted.float(), dim=-1).min() > 0.99
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_person_is_learnt_through_float8_products(base, meta_down, photo, config, plain):
+    """All linear layers are as a card that multiplies float8 numbers has them, those that nobody adapts too."""
+    carded = on_gpu(base, "resident")
+    inputs = QuantizeTensorToFloat8Kwargs(mm_config=Float8MMConfig(use_fast_accum=True))
+    for layer in find_targets(carded.transformer, "").values():
+        weight = Float8Tensor.from_hp(layer.weight, mm_config=inputs.mm_config, act_quant_kwargs=inputs)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    frozen.freeze(carded.transformer)
+    work = adapt_plain(carded, carded.settings.adapter, "woman", photo, config) if plain else adapt(carded, meta_down, photo, config)
+    reports, identity = run(work)
+    assert reports[0].loss > 0 and any(up.abs().max() > 0 for _, up in identity.factors.values())
 
 
 def in_four_bits(base: Base) -> Base:

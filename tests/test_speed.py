@@ -24,7 +24,7 @@ from .conftest import state_hash
 
 def test_all_ways_train_the_same_thing_and_leave_nothing_behind(base):
     before = state_hash(base.transformer)
-    case, ways = Case(resolution=base.settings.train_resolution, text_tokens=5, batch=2), [name for name, way in speed.WAYS.items() if not way.compiled]
+    case, ways = Case(resolution=base.settings.train_resolution, text_tokens=5, batch=2), [name for name, way in speed.WAYS.items() if way.anywhere]
     found = speed.compare(base, [case], ways, warmup=0, steps=1, rounds=2)["steps"]
     assert state_hash(base.transformer) == before and not base.transformer.is_gradient_checkpointing
     losses = [row["first loss"] for row in found]
@@ -45,7 +45,7 @@ def test_an_ordinary_lora_learns_along_the_same_curve_as_peft_s(base):
             base, adapter, data, [optimizer(list(trainable(adapter)), 1e-4, weight_decay=0.01)], steps=steps, batch_size=case.batch,
             generator=torch.Generator().manual_seed(1), flow_config=FlowConfig(), max_grad_norm=1.0,
         ))  # fmt: skip
-    with speed.peft_lora(base, data, case, False) as losses:
+    with speed.peft_lora(base, data, case) as losses:
         for name, down in start.items():
             base.transformer.get_submodule(f"{name}.lora_A.peer").weight.data.copy_(down)
         theirs = [next(losses) for _ in range(steps)]
@@ -63,7 +63,7 @@ def test_blocks_are_compiled_whole_and_once_for_all_people(base):
     case = Case(base.settings.train_resolution, 5)
     data, before, losses, graphs = standin.random_pictures(base, case), state_hash(base.transformer), [], []
     for compiled in (False, True, True):
-        with speed.meta_lora(base, data, case, False) as steps, base.compiled(backend="aot_eager") if compiled else nullcontext():
+        with speed.meta_lora(base, data, case) as steps, base.compiled(backend="aot_eager") if compiled else nullcontext():
             losses.append([next(steps) for _ in range(3)])
             steps.close()
         graphs.append(counters["stats"]["unique_graphs"])
@@ -93,7 +93,7 @@ def test_the_full_size_models_are_built_from_their_configs_alone(monkeypatch, tm
     """The same way in, with their configs made small."""
     found = measured_small(monkeypatch, tmp_path / "speed.json", name)
     assert [row["way"] for row in found["pictures"]] == [name for name, way in drawing.WAYS.items() if not way.compiled]
-    assert found["dtype"] == str(torch.bfloat16) and len(found["steps"]) == sum(not way.compiled for way in speed.WAYS.values()) and "packages" in found["machine"]
+    assert found["dtype"] == str(torch.bfloat16) and len(found["steps"]) == sum(way.anywhere for way in speed.WAYS.values()) and "packages" in found["machine"]
 
 
 @pytest.mark.one_family

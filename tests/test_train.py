@@ -14,11 +14,14 @@ from PIL import Image
 from metalora import MetaLoraError
 from metalora.adapt import adapt, adapt_plain, crops
 from metalora.adapter import attach
+from metalora.base import Base
 from metalora.cache import encode, face_mask, join, mirrored, to_tensor
 from metalora.config import AdaptConfig, FlowConfig, MetaConfig
 from metalora.data import Item
 from metalora.face import Face, FaceFinder
 from metalora.meta import _members, bucket_of_photos, meta_train
+from metalora.speed import meta_lora
+from metalora.standin import Case, random_pictures
 from metalora.train import Clock, Share, draw_rows, fit, flow_loss, optimizer
 
 from .conftest import in_processes, make_meta_down, run, state_hash
@@ -158,6 +161,23 @@ def test_losses_that_are_read_late_are_the_same_losses(base, photo, meta_down, s
     assert all(torch.equal(a, b) for name in learnt for a, b in zip(learnt[name], same[name]))
     with pytest.raises(MetaLoraError, match="astray"):
         losses(True, replace(photo, mean=photo.mean * float("nan")))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU records")
+def test_steps_that_are_played_from_a_recording_are_the_same_steps():
+    base = Base.open("miniature", "cuda", plan="resident")
+    case = Case(base.settings.train_resolution, base.settings.max_sequence_length, batch=2)
+    losses = {}
+    for recorded in (False, True):
+        with meta_lora(base, random_pictures(base, case), case, recorded=recorded) as steps:
+            losses[recorded] = [next(steps) for _ in range(20)]
+            steps.close()
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+
+
+def test_where_nothing_can_be_recorded_steps_are_as_ever(base, photo, meta_down, config):
+    (_, plain), (_, asked) = (run(adapt(base, meta_down, photo, replace(config, recorded=recorded))) for recorded in (False, True))
+    assert plain.sha256 == asked.sha256
 
 
 def test_reports_count_up_and_time_runs_out():

@@ -170,7 +170,7 @@ def test_a_person_of_late_blocks_is_a_person_like_any(base, photo, meta_down, co
     for identity in (run(adapt(base, meta_down, photo, late))[1], run(adapt_plain(base, base.settings.adapter, "woman", photo, late))[1]):
         assert all(name.startswith("single_transformer_blocks.1.") for name in identity.factors)
         lora = identity.to_lora(None if identity.is_plain else meta_down)
-        assert len(lora) == 2 * len(identity.factors) and identity.export(tmp_path / "k.safetensors", meta_down, "kohya").is_file()
+        assert len(lora) == 2 * len(identity.factors) and identity.export(tmp_path / "k.safetensors", meta_down, base.family, "kohya").is_file()
     assert state_hash(base.transformer) == before
 
 

@@ -1,0 +1,67 @@
+"""The GPU work of a training step, recorded once and played again from then on: thousands of launches become one.
+
+At 512 px and batch 1 the processor needs longer to launch FLUX.1's kernels than the GPU needs to run them. One photo means fixed
+shapes, so a recording stays valid for the whole training [CUDA graphs, pytorch.org/docs: "CUDA Graphs", whole-network capture].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+FIRST_STEPS = 3  # run as they are: libraries choose their kernels and make their work spaces then, which must not be recorded
+
+Work = Callable[[Sequence[Tensor]], Tensor]
+
+
+class Recorded:
+    """`work(inputs)`, which leaves gradients with `parameters` and returns a loss (), as one recording of it.
+
+    `inputs` are tensors on the GPU, of the same shapes at every call; the work must read nothing else that changes its place, and
+    must not wait for the GPU. Gradients are those of the call alone: they are not added to what is there.
+    """
+
+    def __init__(self, work: Work, parameters: Sequence[nn.Parameter]):
+        self.work, self.parameters = work, list(parameters)
+        self.forget()
+
+    def forget(self) -> None:
+        """Free the recording and its memory; the next call begins anew."""
+        self.calls, self.recording = 0, None
+        self.inputs: list[Tensor] = []
+        self.gradients: list[Tensor | None] = []
+        self.loss = torch.empty(0)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        self.calls += 1
+        if self.calls <= FIRST_STEPS:
+            return self._on_another_stream(inputs)
+        if self.recording is None:
+            self._record(inputs)
+        for kept, new in zip(self.inputs, inputs, strict=True):
+            kept.copy_(new)
+        self.recording.replay()
+        for parameter, gradient in zip(self.parameters, self.gradients):
+            parameter.grad = gradient
+        return self.loss.clone()  # the next call writes over it
+
+    def _on_another_stream(self, inputs: Sequence[Tensor]) -> Tensor:
+        """As autograd wants it before a recording: what it holds of a step must not belong to the usual stream."""
+        usual, other = torch.cuda.current_stream(), torch.cuda.Stream()
+        other.wait_stream(usual)
+        with torch.cuda.stream(other):
+            loss = self.work(inputs)
+        usual.wait_stream(other)
+        return loss
+
+    def _record(self, inputs: Sequence[Tensor]) -> None:
+        self.inputs = [tensor.clone() for tensor in inputs]
+        for parameter in self.parameters:
+            parameter.grad = None  # made anew inside, so that every playing of it writes them afresh
+        recording = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recording):
+            self.loss = self.work(self.inputs)
+        self.gradients = [parameter.grad for parameter in self.parameters]
+        self.recording = recording
