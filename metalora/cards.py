@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -20,9 +21,15 @@ PICTURE_SIDE = 256  # px, of the pictures inside a card
 CURVE = (240, 40)  # px, width and height of the loss curve's canvas
 
 
+def sentence(text: str) -> str:
+    """Text as HTML, in which addresses of the web are links and all else is as it stands."""
+    parts = re.split(r"""(https?://[^\s<>"'`]*[^\s<>"'`.,;:!?)])""", text)
+    return "".join(f'<a href="{escape(part)}" target="_blank" rel="noopener">{escape(part)}</a>' if n % 2 else escape(part, quote=False) for n, part in enumerate(parts))
+
+
 def status(text: str, kind: str = "ready") -> str:
     """A pill with a dot; `kind` is busy, ready or fault."""
-    return f'<div class="status {kind}" role="status"><i></i>{escape(text)}</div>'
+    return f'<div class="status {kind}" role="status"><i></i><span>{sentence(text)}</span></div>'
 
 
 def heading(number: int, text: str) -> str:

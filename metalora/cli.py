@@ -46,6 +46,7 @@ def adapt(
     from .progress import Line
 
     images, others = ([load_photo(path) for path in paths] for paths in (photos, held_out or []))
+    _prepare(base, meta_down)
     personalizer = _open(base, meta_down, plan)
     for image in others:
         personalizer.pick(image)
@@ -74,11 +75,13 @@ def adapt_all(
     """Learn everybody of a dataset from their reference photos; goes on where it was stopped. Also under accelerate launch."""
     check_folder(output)
     from .data import load_dataset
-    from .people import adapt_all as run
     from .progress import Line
 
     people = load_dataset(dataset)
     subjects = people.of_domain(domain) if domain else people.subjects
+    _prepare(base, meta_down)
+    from .people import adapt_all as run
+
     personalizer = _open(base, meta_down, plan)
     _say_plain(personalizer, "people are")
     with Line() as line:
@@ -107,6 +110,7 @@ def generate(
     """Generate pictures of a person into a folder; each PNG says in its metadata what made it."""
     check_folder(output)
     wanted = pair(size, "x", "--size", "768x512") if size else None
+    _prepare(base, meta_down, identity)
     from .generate import save_png
     from .identity import Identity
     from .progress import Line
@@ -133,6 +137,7 @@ def export(
 ) -> Result:  # fmt: skip
     """Write a person as an ordinary LoRA that other programs read."""
     check_file(output)
+    _prepare(base, meta_down, identity)
     from .identity import Identity
 
     person = Identity.load(identity)
@@ -149,14 +154,16 @@ def score(
     base: BaseName = DEFAULT_BASE, json: Json = False,
 ) -> Result:  # fmt: skip
     """Score pictures: R-FaceSim to other photos of the person, and what else can be told."""
+    from .photo import load_photo
+
+    images, others, photos = ([load_photo(path) for path in paths or []] for paths in (pictures, against, learnt_from))
+    _fetch(base)
     from . import hub
     from .clip import Clip
     from .face import FaceFinder
     from .families import settings_of
-    from .photo import load_photo
     from .score import Scorer
 
-    images, others, photos = ([load_photo(path) for path in paths or []] for paths in (pictures, against, learnt_from))
     settings = settings_of(hub.base_folder(base))
     scorer = Scorer(FaceFinder.of(settings), Clip(settings.clip))
     for image in (*others, *photos):
@@ -175,16 +182,18 @@ def meta_train(
 ) -> Result:  # fmt: skip
     """Learn the Meta-Down of a domain; stopped, it goes on from its last checkpoint. Also under accelerate launch."""
     check_folder(output)
-    from .metadown import TENSORS
+    from .files import TENSORS
 
     if (output / TENSORS).exists():
         raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
-    from .base import Base
     from .data import load_dataset
-    from .meta import CHECKPOINT, learn_domain
     from .progress import Line, tensorboard
 
     people = load_dataset(dataset, open_pictures=True).of_domain(domain)
+    _fetch(base)
+    from .base import Base
+    from .meta import CHECKPOINT, learn_domain
+
     first = here().first
     opened = Base.open(base, here().device(), plan, "stage 1")
     _say_plan(opened)
@@ -212,14 +221,15 @@ def convert(
     base: BaseName = DEFAULT_BASE, json: Json = False,
 ) -> Result:  # fmt: skip
     """Make a Meta-Down of weights that other code published; layers are found by name, then by shape and order."""
-    from .metadown import TENSORS
+    from .files import TENSORS, check_tensors
 
     if (output / TENSORS).exists():
         raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
-    from .base import Base
+    check_tensors(source, "a foreign adapter")
+    _fetch(base)
     from .foreign import convert
 
-    found, placed = convert(source, Base.open(base), domain, output.name)
+    found, placed = convert(source, base, domain, output.name)
     found.save(output)
     result = {"output": str(output), "by_name": len(placed.by_name), "by_order": len(placed.by_order), "empty": placed.empty, "left_out": placed.left_out}
     lines = [f"{output}: {len(placed.by_name)} layers placed by name, {len(placed.by_order)} by shape and order", *(f"not placed: {line}" for line in placed.left_out)]
@@ -240,19 +250,21 @@ def evaluate(
     """Compare methods on people they have never seen; goes on where it was stopped. Also under accelerate launch."""
     check_folder(output)
     from . import hub
-    from .evaluate import evaluate as run
     from .degrade import Degradation
     from .methods import Method
     from .progress import Line
-    from .report import table
 
     for each in method:
         Method.parse(each)
     for each in degrade or []:
         Degradation.parse(each)
-    personalizer = _open(base, meta_down, plan)
+    _prepare(base, meta_down)
     with Line() as line:
         dino = str(hub.model_folder(dino, line.fetched)) if dino else None
+    from .evaluate import evaluate as run
+    from .report import table
+
+    personalizer = _open(base, meta_down, plan)
     with Line() as line:
         summary = finish(run(personalizer, dataset, method, output, steps=steps, seed=seed, limit=limit, strength=strength, degrade=degrade or [], dino=dino), line.progress)
     if not here().first:
@@ -285,12 +297,31 @@ def doctor(
     return found, lines(found)
 
 
-def _open(base: str, meta_down: str | None, plan: str | None) -> Personalizer:
-    from .personalizer import Personalizer
+def _fetch(base: str) -> None:
+    """Have the base on this machine, before the libraries are loaded that open it; see hub.prepare."""
+    from . import hub
     from .progress import Line
 
     with Line() as line:
-        personalizer = Personalizer.open(base, meta_down, here().device(), plan, on_fetch=line.fetched)
+        hub.base_folder(base, on_fetch=line.fetched)
+
+
+def _prepare(base: str, meta_down: str | None, identity: Path | None = None) -> None:
+    """The same with the Meta-Downs."""
+    from . import hub
+    from .files import check_tensors
+    from .progress import Line
+
+    if identity:
+        check_tensors(identity, "an identity file")  # not after a download of many GB
+    with Line() as line:
+        hub.prepare(base, meta_down, line.fetched)
+
+
+def _open(base: str, meta_down: str | None, plan: str | None) -> Personalizer:
+    from .personalizer import Personalizer
+
+    personalizer = Personalizer.open(base, meta_down, here().device(), plan)
     _say_plan(personalizer.base)
     return personalizer
 

@@ -8,14 +8,18 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_bytes
-from torch import Tensor
 
 from .errors import MetaLoraError
 
+if TYPE_CHECKING:
+    from torch import Tensor  # which is slow to load, and not needed to look for files
+
+# The files of a Meta-Down's folder.
+TENSORS, START, PREDICTOR, CONFIG, CARD = "meta_down.safetensors", "start.safetensors", "predictor.safetensors", "config.json", "README.md"
+MORE = {START: "start_sha256", PREDICTOR: "predictor_sha256"}  # those that it may have, and where config.json names their hash
 PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 
@@ -46,6 +50,8 @@ def disk_sentence(error: OSError, path: Path) -> str:
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Write a safetensors file atomically, readable by all like any other file."""
+    from safetensors.torch import save as save_bytes
+
     data = _ordered(save_bytes({name: t.contiguous() for name, t in tensors.items()}, dict(metadata) if metadata else None))
     return write_atomically(path, lambda beside: beside.write_bytes(data))
 
@@ -73,10 +79,7 @@ def load_tensors(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[s
 
     Raises MetaLoraError where there is no such file, it is a pickle (which is not opened) or it is damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise MetaLoraError(f"There is no file {path}.")
-    _refuse_pickle(path, what)
+    path = check_tensors(path, what)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -84,10 +87,23 @@ def load_tensors(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[s
         raise MetaLoraError(f"{path.name} is damaged or not {what}; get it afresh.") from error
 
 
-def _refuse_pickle(path: Path, what: str) -> None:
+def check_tensors(path: str | Path, what: str) -> Path:
+    """The same refusals, of a file that is not there or a pickle, without reading it."""
+    path = Path(path)
+    if not path.is_file():
+        raise MetaLoraError(f"There is no file {path}.")
     with path.open("rb") as file:
         start = file.read(9)
     # A safetensors file may start with pickle's two bytes too (they are its header's length), but its ninth is a brace.
     pickled = start[:1] == b"\x80" and start[1:2] <= b"\x05" and start[8:] != b"{"
     if path.suffix.lower() in PICKLE_SUFFIXES or start.startswith(b"PK\x03\x04") or pickled:
         raise MetaLoraError(f"{path.name} may hold a pickle, which can run code, so it was not opened; {what} is a .safetensors file.")
+    return path
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all files that a Meta-Down's config.json speaks of are there."""
+    if not ((folder / TENSORS).is_file() and (folder / CONFIG).is_file()):
+        return False
+    config = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+    return all((folder / name).is_file() for name, key in MORE.items() if f'"{key}"' in config)

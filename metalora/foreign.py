@@ -15,11 +15,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from . import hub
 from .adapter import find_targets
-from .base import Base
+from .base import fingerprint
 from .errors import MetaLoraError
+from .families import settings_of, unreadable
 from .files import load_tensors
 from .metadown import MetaDown
+from .plan import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,27 +49,35 @@ class Placement:
     left_out: list[str] = field(default_factory=list)  # a line each, of what could not be placed or read
 
 
-def convert(path: str | Path, base: Base, domain: str, name: str) -> tuple[MetaDown, Placement]:
+def convert(path: str | Path, base: str, domain: str, name: str) -> tuple[MetaDown, Placement]:
     """A Meta-Down from the foreign safetensors file at `path`, and where everything went.
 
-    Mid and Up in it belong to somebody and are left. Raises MetaLoraError where nothing can be placed or ranks differ.
+    Mid and Up in it belong to somebody and are left. Of the base, a folder or a Hub id, only the names and shapes of its layers are
+    asked, so its weights stay on the disk. Raises MetaLoraError where nothing can be placed or ranks differ.
     """
     tensors, _ = load_tensors(path, "a foreign adapter")
-    targets = {n: (layer.in_features, layer.out_features) for n, layer in find_targets(base.transformer, base.settings.adapter.targets).items()}
+    folder = hub.base_folder(base)
+    settings = settings_of(folder)
+    try:
+        transformer = Model.of(folder).modules["transformer"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(folder, error) from error
+    known, own = settings.name or base, settings.adapter
+    targets = {n: (layer.in_features, layer.out_features) for n, layer in find_targets(transformer, own.targets).items()}
     layers, unread = read_layers(tensors)
     found = place(layers, targets)
     found.left_out[:0] = unread
     if not found.downs:
-        raise MetaLoraError(f"Nothing in {Path(path).name} fits a layer of the base {base.name}; check that it was made for this base.")
+        raise MetaLoraError(f"Nothing in {Path(path).name} fits a layer of the base {known}; check that it was made for this base.")
     meta_ranks = sorted({len(down) for down in found.downs.values()})
     if len(meta_ranks) > 1:
         raise MetaLoraError(f"The layers of {Path(path).name} have different ranks ({', '.join(map(str, meta_ranks))}); a Meta-Down has one.")
     ranks = {layer.rank for layer in layers.values()} - {None}
-    shape = replace(base.settings.adapter, meta_rank=meta_ranks[0], rank=ranks.pop() if len(ranks) == 1 else base.settings.adapter.rank)
+    shape = replace(own, meta_rank=meta_ranks[0], rank=ranks.pop() if len(ranks) == 1 else own.rank)
     if found.empty:
         shape = replace(shape, targets=f"^({'|'.join(map(re.escape, found.downs))})$")
     said = {"converted from": Path(path).name, "layers placed by name": len(found.by_name), "layers placed by shape and order": len(found.by_order)}
-    return MetaDown({n: found.downs[n] for n in targets if n in found.downs}, shape, name, domain, base.name, base.fingerprint, said), found
+    return MetaDown({n: found.downs[n] for n in targets if n in found.downs}, shape, name, domain, known, fingerprint(folder), said), found
 
 
 def read_layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Layer], list[str]]:

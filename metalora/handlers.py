@@ -8,10 +8,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import gradio as gr
@@ -19,9 +18,11 @@ from gradio.utils import get_upload_folder
 
 from . import cards
 from .errors import Cancelled, MetaLoraError
+from .hub import NoAccess
 from .studio import Learnt, Order, StopFlag, Studio, on_gpu
 
 UPDATE_EVERY = 1.0  # seconds between two looks of the progress card; on two cores a browser that draws it four times as often makes learning half as long again
+CONTROLS = 7  # that a base's settings set
 PREVIEWS = 12  # pictures of the likeness on its way, over a whole learning
 SHOWN_AS_THEY_ARE = {".jpg", ".jpeg", ".png", ".webp"}  # what every browser can show
 
@@ -41,7 +42,7 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except MetaLoraError as error:
-        raise gr.Error(escape(str(error), quote=False), print_exception=False) from error
+        raise gr.Error(cards.sentence(str(error)), print_exception=False) from error
     except (Cancelled, gr.Error, GeneratorExit):
         raise
     except Exception as error:
@@ -67,23 +68,54 @@ class Handlers:
         yield from self.studio.generate(learnt, order, folder, stop)
 
     def greet(self):
-        """Wait for the base, showing how far its download is; then its name, and the controls set to what it wants."""
-        opening = self.studio.open()
-        while wait([opening], timeout=UPDATE_EVERY).not_done:
-            if self.studio.fetched:
-                yield [cards.status(f"fetching {cards.fetched(self.studio.fetched)}", "busy"), *[gr.skip()] * 7]
+        """Wait for the base, showing how far its download is; then its name, and the controls set to what it wants.
+
+        Where the Hub gives it only to who has a token, the field for one comes.
+        """
+        yield from self._follow(self.studio.open())
         yield self._greeting()
+
+    def unlock(self, token: str):
+        """Fetch the base with a token of the user's, which is for this download only and kept nowhere; then greet. The field is emptied at once.
+
+        Without a token it is fetched with the one that the app was started with, as before.
+        """
+        token = (token or "").strip()
+        with one_sentence():
+            if not re.fullmatch(r"[!-~]*", token):  # of nothing else a header can be made, and the fault would quote it
+                raise MetaLoraError("That is no token; paste yours, which begins with hf_.")
+        fetching = self.studio.fetch(token or None)
+        yield [cards.status("asking the Hub", "busy"), *[gr.skip()] * CONTROLS, gr.Textbox(value=""), gr.skip()]
+        yield from self._follow(fetching)
+        if fault := fetching.exception():
+            yield self._fault(fault)
+        else:
+            yield from self.greet()
+
+    def _follow(self, work: Future) -> Iterator[list]:
+        """What the page shows until the base is fetched or opened."""
+        while wait([work], timeout=UPDATE_EVERY).not_done:
+            fetched = self.studio.fetched
+            text = f"fetching {cards.fetched(fetched)}" if fetched else "opening the base model"
+            yield [cards.status(text, "busy"), *[gr.skip()] * (CONTROLS + 2)]
+
+    @staticmethod
+    def _fault(fault: BaseException) -> list:
+        """Why there is no base, with the field for a token where one may help."""
+        if not isinstance(fault, MetaLoraError):
+            raise fault
+        return [cards.status(str(fault), "fault"), *[gr.skip()] * CONTROLS, *_access(isinstance(fault, NoAccess))]
 
     def _greeting(self) -> list:
         try:
             personalizer = self.studio.personalizer
         except MetaLoraError as error:
-            return [cards.status(str(error), "fault"), *[gr.skip()] * 7]
+            return self._fault(error)
         base, s = personalizer.base, personalizer.base.settings
         device = f"{base.device}, plan {base.plan.name}" if base.device.type == "cuda" else base.device
         text = f"{base.name} · {s.resolution}×{s.resolution} px · {device} · ready"
         if personalizer.is_plain:
-            text += f"; without a Meta-Down people are learnt as ordinary LoRAs of rank {s.plain_rank}"
+            text += f"; without a Meta-Down people are learnt as ordinary LoRAs of rank {s.plain_rank} (make one with python -m metalora meta-train, or give one with --meta-down)"
         return [
             cards.status(text),
             gr.Radio(choices=personalizer.domains or ["woman", "man"]),
@@ -93,6 +125,7 @@ class Handlers:
             gr.Slider(value=s.guidance),
             gr.Gallery(columns=4 if s.resolution <= 256 else 2),
             cards.words(s.prompt_phrases),
+            *_access(False),
         ]  # fmt: skip
 
     def take_sample(self, event: gr.SelectData):
@@ -111,7 +144,7 @@ class Handlers:
             image = self.studio.open_photo(photo)
             faces = self.studio.faces(image)
         except MetaLoraError as error:
-            gr.Warning(escape(str(error), quote=False), title="Another photo, please")
+            gr.Warning(cards.sentence(str(error)), title="Another photo, please")
             return None, None, *one
         if Path(photo).suffix.lower() not in SHOWN_AS_THEY_ARE:
             image.save(photo := str(new_folder() / "photo.png"))
@@ -199,6 +232,11 @@ class Handlers:
             files = self.studio.write_files(learnt.identity, new_folder())
         gr.Info(f"Loaded: a {learnt.identity.domain}, {learnt.identity.steps} steps.")
         return [*map(download, files), learnt]
+
+
+def _access(wanted: bool) -> tuple[gr.Textbox, gr.Button]:
+    """The field for a token and its button, there or not."""
+    return gr.Textbox(value="", visible=wanted), gr.Button(visible=wanted)
 
 
 def new_folder() -> Path:

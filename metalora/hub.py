@@ -2,7 +2,7 @@
 
 The cache is looked in first, so that what is already here needs no network. Only the files that are needed are fetched, and a
 download that was killed goes on where it was. A gated, missing, unreachable, damaged or full-disk case is one sentence that
-says what to do. Publishing is in publish.py.
+says what to do. Nothing here loads torch, so that it is said at once. Publishing is in publish.py.
 """
 
 from __future__ import annotations
@@ -11,25 +11,30 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from .config import SETTINGS_FILE
 from .errors import MetaLoraError
-from .files import disk_sentence
-from .metadown import CONFIG, TENSORS, is_complete
+from .files import CARD, CONFIG, PREDICTOR, START, TENSORS, disk_sentence, is_complete
 
 CATALOG = Path(__file__).with_name("catalog.json")
 PIPELINE_FILES = [
-    "model_index.json", "metalora.json", "README.md", "scheduler/*.json", "transformer/*.json", "transformer/*.safetensors", "vae/*.json",
+    "model_index.json", SETTINGS_FILE, CARD, "scheduler/*.json", "transformer/*.json", "transformer/*.safetensors", "vae/*.json",
     "vae/*.safetensors", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*",
 ]  # fmt: skip
-ANSWER_WITHIN = 4  # seconds that the Hub may take for its first answer
 MODEL_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
-META_DOWN_FILES = ["meta_down.safetensors", "start.safetensors", "predictor.safetensors", "config.json", "README.md"]
+META_DOWN_FILES = [TENSORS, START, PREDICTOR, CONFIG, CARD]
+ANSWER_WITHIN = 3.5  # seconds that the Hub may take for its first answer
+SILENCE = 60.0  # seconds without a byte after which a connection counts as dead; the Hub may think for long over an upload
+Answer = TypeVar("Answer")
 
 
 def catalog() -> dict[str, dict]:
@@ -58,7 +63,23 @@ class Fetched:
 OnFetch = Callable[[Fetched], object]
 
 
-def base_folder(name: str, download: bool = True, on_fetch: OnFetch | None = None) -> Path:
+class NoAccess(MetaLoraError):
+    """The Hub does not give something to who asks, but may to who has a token."""
+
+
+def prepare(base: str, meta_down: str | Path | None = None, on_fetch: OnFetch | None = None, token: str | None = None) -> None:
+    """Have a base on this machine, and the Meta-Down that was given or the catalogue's, so that opening them asks nothing of the Hub.
+
+    To do it first tells what the Hub refuses before the libraries are loaded that opening needs, which takes seconds. `token`
+    is for this only; without one the client takes HF_TOKEN's, or that of `hf auth login`. MetaLoraError where one cannot be had.
+    """
+    base_folder(base, on_fetch=on_fetch, token=token)
+    for domain, place in ({"": str(meta_down)} if meta_down else meta_down_places(base)).items():
+        if not domains_in(place):
+            meta_down_folder(place, domain, on_fetch=on_fetch, token=token)
+
+
+def base_folder(name: str, download: bool = True, on_fetch: OnFetch | None = None, token: str | None = None) -> Path:
     """Local folder of a base model; fetched when it must be and may. MetaLoraError where there is none to be had.
 
     A name of the catalogue has the revision that stands there, one of your own may say its revision after an @.
@@ -73,7 +94,7 @@ def base_folder(name: str, download: bool = True, on_fetch: OnFetch | None = Non
     if place:
         raise MetaLoraError(f"The base {name} should lie in {folder}, but it is not there; get the project's files afresh.")
     pinned = f"{name}@{row['revision']}" if "revision" in row else name
-    return fetch(pinned, PIPELINE_FILES, pipeline_is_complete, download, on_fetch)
+    return fetch(pinned, PIPELINE_FILES, pipeline_is_complete, download, on_fetch, token)
 
 
 def meta_down_places(base: str) -> dict[str, str]:
@@ -82,7 +103,7 @@ def meta_down_places(base: str) -> dict[str, str]:
     return {domain: str((CATALOG.parent / place).resolve()) if place.startswith(".") else place for domain, place in rows.items()}
 
 
-def meta_down_folder(place: str, domain: str = "", download: bool = True) -> Path:
+def meta_down_folder(place: str, domain: str = "", download: bool = True, on_fetch: OnFetch | None = None, token: str | None = None) -> Path:
     """Local folder of a Meta-Down: `place` itself, its subfolder named after the domain, or a Hub id."""
     folder = Path(place).expanduser()
     for candidate in (folder, folder / domain):
@@ -91,7 +112,7 @@ def meta_down_folder(place: str, domain: str = "", download: bool = True) -> Pat
     if folder.is_dir():
         kind = f" for {domain}" if domain else ""
         raise MetaLoraError(f"The folder {folder} holds no Meta-Down{kind}; give a folder with {TENSORS} and {CONFIG}.")
-    return fetch(place, META_DOWN_FILES, is_complete, download)
+    return fetch(place, META_DOWN_FILES, is_complete, download, on_fetch, token)
 
 
 def model_folder(place: str, on_fetch: OnFetch | None = None) -> Path:
@@ -124,44 +145,80 @@ def _part_is_complete(part: Path) -> bool:
     return all((part / shard).is_file() for shard in shards) and (not needs_weights or any(part.glob("*.safetensors")))
 
 
-def fetch(name: str, files: list[str], complete: Callable[[Path], bool], download: bool = True, on_fetch: OnFetch | None = None) -> Path:
+def fetch(
+    name: str, files: list[str], complete: Callable[[Path], bool], download: bool = True, on_fetch: OnFetch | None = None, token: str | None = None
+) -> Path:  # fmt: skip
     """Folder of a Hub repository's snapshot that holds `files`; `complete(folder)` says whether the cache has all of them."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
         if Path(name).is_absolute():
             raise MetaLoraError(f"There is no folder {name}; check the spelling, or get the project's files afresh.")
         raise MetaLoraError(f"There is no folder {name}, and it is no Hub name either (those read owner/model); check the spelling.")
     repo, _, revision = name.partition("@")
+
+    def cached(*but: str) -> Path | None:
+        folder = _cached(repo, revision or None, [file for file in files if file not in but])
+        return folder if folder and complete(folder) else None
+
+    if folder := cached(CARD):
+        return folder
+    bare = cached(CARD, SETTINGS_FILE)  # as another program may have left it; without a network it will do
     try:
-        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=files, local_files_only=True))
-        if complete(folder):
-            return folder
-    except LocalEntryNotFoundError:
-        pass  # nothing of it here yet
-    if not download:
-        raise MetaLoraError(f"{name} is not on this machine yet; it is fetched on first use.")
-    folder = _download(repo, revision or None, files, on_fetch)
+        if not download:
+            raise MetaLoraError(f"{name} is not on this machine yet; it is fetched on first use.")
+        folder = _download(repo, revision or None, files, on_fetch, token)
+    except MetaLoraError:
+        if bare:
+            return bare
+        raise
     if not complete(folder):
         raise MetaLoraError(f"{name} lacks files that are needed here; check that it is the right repository.")
     return folder
 
 
-def _download(repo: str, revision: str | None, files: list[str], on_fetch: OnFetch | None) -> Path:
+def _cached(repo: str, revision: str | None, files: list[str]) -> Path | None:
+    """The snapshot in the client's cache; None where there is none, or it is known to lack some of the repository's `files`."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _download(repo: str, revision: str | None, files: list[str], on_fetch: OnFetch | None, token: str | None) -> Path:
     """The large files one by one, each going on where it was and checked; then the client's own snapshot, which finds them in its cache."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import filter_repo_objects
 
     with plain_faults(repo, revision):
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=ANSWER_WITHIN)  # one try: a dead network is told at once
+        ask = HfApi(token=token).model_info
+        info = _soon(lambda: ask(repo, revision=revision, files_metadata=True, timeout=ANSWER_WITHIN))  # one try: a dead network is told at once
         large = {f.rfilename: f.lfs for f in info.siblings or [] if f.lfs}
         wanted = list(filter_repo_objects(large, allow_patterns=files))
-        _fetch_blobs(repo, info.sha, {name: large[name] for name in wanted}, on_fetch)
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, etag_timeout=ANSWER_WITHIN))
+        _fetch_blobs(repo, info.sha, {name: large[name] for name in wanted}, on_fetch, token)
+        bar = silent_bar() if on_fetch else None
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, etag_timeout=ANSWER_WITHIN, tqdm_class=bar, token=token))
 
 
-def _fetch_blobs(repo: str, commit: str, files: dict[str, Any], on_fetch: OnFetch | None) -> None:
+def _soon(ask: Callable[[], Answer]) -> Answer:
+    """What `ask` returns. TimeoutError where it takes too long.
+
+    The client's own limits do not say how long: each address of a host has its own, and the search for the addresses has none.
+    """
+    answer: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer.result(ANSWER_WITHIN)
+
+
+def _fetch_blobs(repo: str, commit: str, files: dict[str, Any], on_fetch: OnFetch | None, token: str | None) -> None:
     """Put files into the client's cache under their SHA-256. What an earlier download left there is used.
 
     Of several processes one fetches; the others wait, and find it there.
@@ -175,26 +232,31 @@ def _fetch_blobs(repo: str, commit: str, files: dict[str, Any], on_fetch: OnFetc
     for folder in (locks, blobs):
         folder.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / "metalora.lock"):
-        _fetch_missing(repo, commit, files, blobs, on_fetch)
+        _fetch_missing(repo, commit, files, blobs, on_fetch, token)
 
 
-def _fetch_missing(repo: str, commit: str, files: dict[str, Any], blobs: Path, on_fetch: OnFetch | None) -> None:
+def _fetch_missing(repo: str, commit: str, files: dict[str, Any], blobs: Path, on_fetch: OnFetch | None, token: str | None) -> None:
     missing = {lfs.sha256: (name, lfs.size) for name, lfs in files.items() if not (blobs / lfs.sha256).exists()}
     parts = {sha: blobs / f"{sha}.part" for sha in missing}
+    for sha, (_, size) in missing.items():
+        if parts[sha].exists() and parts[sha].stat().st_size > size:
+            parts[sha].unlink()  # there is nothing after its end to ask the server for
     watch = Watch(repo, sum(size for _, size in missing.values()), sum(p.stat().st_size for p in parts.values() if p.exists()), on_fetch)
     for sha, (name, size) in missing.items():
-        _fetch_part(repo, commit, name, size, parts[sha], watch)
+        _fetch_part(repo, commit, name, size, parts[sha], watch, token)
         _check_hash(repo, name, parts[sha], sha)
         os.replace(parts[sha], blobs / sha)
 
 
-def _fetch_part(repo: str, commit: str, name: str, size: int, part: Path, watch: Watch) -> None:
+def _fetch_part(repo: str, commit: str, name: str, size: int, part: Path, watch: Watch, token: str | None) -> None:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
+    bar = silent_bar(watch.add) if watch.on_fetch else None
+    headers = build_hf_headers(token=token)
     with part.open("ab") as file:
-        http_get(hf_hub_url(repo, name, revision=commit), file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size, tqdm_class=watch.bar())
+        http_get(hf_hub_url(repo, name, revision=commit), file, resume_size=file.tell(), headers=headers, expected_size=size, tqdm_class=bar)
 
 
 def _check_hash(repo: str, name: str, part: Path, sha: str) -> None:
@@ -218,22 +280,39 @@ class Watch:
         if self.on_fetch:
             self.on_fetch(Fetched(self.name, self.done, self.total, (self.done - self._before) / max(time.monotonic() - self._start, 1e-3)))
 
-    def bar(self) -> type | None:
-        """A bar of the client's kind that only reports; the client's own where nobody listens."""
-        if self.on_fetch is None:
-            return None
-        from huggingface_hub.utils import tqdm
 
-        add = self.add
+def silent_bar(add: Callable[[int], object] = lambda size: None) -> type:
+    """A bar of the client's kind that shows nothing, and tells `add` how many bytes have come."""
+    from huggingface_hub.utils import tqdm
 
-        class Silent(tqdm):
-            def __init__(self, *given: Any, **more: Any):
-                super().__init__(*given, **{**more, "disable": True})
+    class Silent(tqdm):
+        def __init__(self, *given: Any, **more: Any):
+            super().__init__(*given, **{**more, "disable": True})
 
-            def update(self, n: float | None = 1) -> None:
-                add(int(n or 0))
+        def update(self, n: float | None = 1) -> None:
+            add(int(n or 0))
 
-        return Silent
+    return Silent
+
+
+@cache
+def _limit_silence() -> None:
+    """Have the client give up connections that fall silent; by itself it waits for most of them for ever."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    limits = {"connect": ANSWER_WITHIN, "read": SILENCE, "write": SILENCE, "pool": SILENCE}
+
+    def limit(request: Any) -> None:  # not as the client's default, for the calls say that they want no limit
+        own = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {kind: own.get(kind) or limits[kind] for kind in limits}
+
+    def factory() -> Any:
+        client = default_client_factory()
+        client.event_hooks["request"].append(limit)
+        return client
+
+    set_client_factory(factory)
 
 
 @contextmanager
@@ -242,21 +321,25 @@ def plain_faults(repo: str, revision: str | None) -> Iterator[None]:
     import httpx2
     from huggingface_hub import constants, errors
 
+    _limit_silence()
+    page, access = f"{constants.ENDPOINT}/{repo}", "log in with `hf auth login`, or set HF_TOKEN"
     try:
         yield
     except errors.GatedRepoError as error:
-        raise MetaLoraError(f"{repo} is gated: accept its licence at {constants.ENDPOINT}/{repo}, then set HF_TOKEN to a token of yours.") from error
+        raise NoAccess(f"{repo} is gated: accept its licence at {page}, then {access} to a token of yours.") from error
     except errors.RevisionNotFoundError as error:
-        raise MetaLoraError(f"{repo} has no revision {revision}; check what follows the @.") from error
+        raise MetaLoraError(f"{repo} has no revision {revision}; see which there are at {page}/commits/main, and check what follows the @.") from error
     except errors.RepositoryNotFoundError as error:
-        raise MetaLoraError(f"There is no {repo} on the Hub, or it is private; check the spelling, or set HF_TOKEN.") from error
+        raise NoAccess(f"There is no {repo} on the Hub, or it is private; check the spelling at {page}, or {access} to the token of somebody who may see it.") from error
     except errors.HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
-            raise MetaLoraError(f"The Hub does not let you at {repo}; set HF_TOKEN to a token of yours that may.") from error
+            found = "refuses the token for" if "authorization" in error.response.request.headers else "wants a token for"
+            raise NoAccess(f"The Hub {found} {repo}; make one that may at {constants.ENDPOINT}/settings/tokens, then {access} to it.") from error
         raise MetaLoraError(f"The Hub failed with {repo} ({error.response.status_code}); try again later.") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.HTTPError, ConnectionError) as error:
-        offline = " because HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True") else ""
-        raise MetaLoraError(f"{repo} cannot be had, for the Hub cannot be reached{offline}; go online once, or give a folder.") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.HTTPError, ConnectionError, TimeoutError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True")
+        way = " because HF_HUB_OFFLINE is set; unset it" if offline else "; go online"
+        raise MetaLoraError(f"{repo} is out of reach, for the Hub ({constants.ENDPOINT}) cannot be reached{way} and start again, or give a folder.") from error
     except OSError as error:
         if "Consistency check failed" in str(error):
             raise MetaLoraError(f"A file of {repo} arrived in another size than the Hub names; start again, and it goes on where it was.") from error

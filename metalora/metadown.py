@@ -16,12 +16,9 @@ from torch import Tensor
 from .adapter import Factors
 from .config import FORMAT_VERSION, AdapterConfig, overlay
 from .errors import MetaLoraError
-from .files import load_tensors, save_json, save_tensors, write_atomically
+from .files import CARD, CONFIG, MORE, PREDICTOR, START, TENSORS, load_tensors, save_json, save_tensors, write_atomically
 from .licence import front_matter, notice
 from .predict import Predictor
-
-TENSORS, START, PREDICTOR, CONFIG, CARD = "meta_down.safetensors", "start.safetensors", "predictor.safetensors", "config.json", "README.md"
-MORE = {START: "start_sha256", PREDICTOR: "predictor_sha256"}  # files that a Meta-Down may have, and where config.json names their hash
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,14 +113,6 @@ class MetaDown:
                 f"The Meta-Down {self.name} was learnt on the base {self.base} ({self.base_fingerprint[:8]}), but the base here is "
                 f"{name} ({fingerprint[:8]}); use a Meta-Down made for this base."
             )
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether all files that a Meta-Down's config.json speaks of are there."""
-    if not ((folder / TENSORS).is_file() and (folder / CONFIG).is_file()):
-        return False
-    config = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
-    return all((folder / name).is_file() for name, key in MORE.items() if f'"{key}"' in config)
 
 
 def _load_start(path: Path, downs: dict[str, Tensor]) -> Factors:

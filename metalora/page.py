@@ -33,6 +33,7 @@ def build(studio: Studio, samples: list[Sample], prompts: list[str]) -> gr.Block
         with gr.Row(elem_id="head"):
             gr.Markdown(INTRO)
             status = gr.HTML(cards.status("opening the base model", "busy"), elem_id="status")
+        access = _access()
         with gr.Row(elem_id="desk"):
             with gr.Column(scale=5, min_width=340):
                 with gr.Column(elem_classes="step"):
@@ -44,8 +45,20 @@ def build(studio: Studio, samples: list[Sample], prompts: list[str]) -> gr.Block
                     pictures = _pictures(prompts or PROMPTS)
                 with gr.Column(elem_classes="step"):
                     files = _files()
-        _wire(page, do, learnt, status, who | learning, pictures, files)
+        _wire(page, do, learnt, access | {"status": status}, who | learning, pictures, files)
     return page
+
+
+def _access() -> dict[str, gr.Component]:
+    """The field for a token, where the Hub wants one for the base."""
+    c: dict[str, gr.Component] = {}
+    with gr.Row(elem_id="access"):
+        c["token"] = gr.Textbox(
+            type="password", label="Hugging Face token", info="Give yours here, for this download only; it is not kept.", placeholder="hf_...", lines=1, scale=4,
+            visible=False, elem_id="token",
+        )  # fmt: skip
+        c["again"] = gr.Button("Try again", variant="primary", scale=1, min_width=120, visible=False, elem_id="try-again")
+    return c
 
 
 def _photo(samples: list[Sample]) -> dict[str, gr.Component]:
@@ -135,10 +148,14 @@ def _files() -> dict[str, gr.Component]:
     return c
 
 
-def _wire(page: gr.Blocks, do: Handlers, learnt: gr.State, status: gr.HTML, who: dict, pictures: dict, files: dict) -> None:
+def _wire(page: gr.Blocks, do: Handlers, learnt: gr.State, base: dict, who: dict, pictures: dict, files: dict) -> None:
     downloads = [files["identity"], files["diffusers"], files["kohya"]]
-    greeted = [status, who["domain"], who["steps"], pictures["size"], pictures["steps"], pictures["guidance"], pictures["gallery"], pictures["words"]]
+    controls = [who["domain"], who["steps"], pictures["size"], pictures["steps"], pictures["guidance"], pictures["gallery"], pictures["words"]]
+    greeted = [base["status"], *controls, base["token"], base["again"]]
     page.load(do.greet, None, greeted, api_name="status", show_progress="hidden", concurrency_limit=None)
+    gr.on(
+        [base["again"].click, base["token"].submit], do.unlock, base["token"], greeted, api_name="unlock", show_progress="hidden", concurrency_limit=None
+    )
 
     shown = [who["photo"], who["held_out"], who["which"], who["faces"], who["face"], who["samples"]]
     who["samples"].select(do.take_sample, None, [*shown[:-1], who["domain"]], show_progress="hidden", **PRIVATE)

@@ -70,6 +70,8 @@ class Personalizer:
         Raises MetaLoraError where either cannot be had or they do not fit.
         """
         plain = meta_down is None and not hub.meta_down_places(base)
+        if not isinstance(meta_down, MetaDown):
+            hub.prepare(base, meta_down, on_fetch)
         personalizer = cls(Base.open(base, device, plan, "plain" if plain else "person", on_fetch), meta_down)
         if meta_down is not None:
             for domain in personalizer.domains:

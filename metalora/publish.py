@@ -7,10 +7,11 @@ import tempfile
 from pathlib import Path
 
 from .errors import MetaLoraError
+from .files import CARD
 from .hub import META_DOWN_FILES, plain_faults
 from .identity import Identity
 from .licence import front_matter, notice
-from .metadown import CARD, MetaDown
+from .metadown import MetaDown
 
 IDENTITY_FILE = "identity.safetensors"
 

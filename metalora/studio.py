@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import hub
 from .errors import Cancelled, MetaLoraError
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from .config import BaseSettings
     from .face import Face
-    from .hub import Fetched
     from .identity import Identity
     from .personalizer import Personalizer
     from .train import StepReport
@@ -98,7 +98,7 @@ class Studio:
     base: str
     meta_down: str | None = None
     plan: str | None = None
-    fetched: Fetched | None = None  # how far the download of the base is, while there is one
+    fetched: hub.Fetched | None = None  # how far a download is, while there is one
     _opened: Future | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -106,21 +106,30 @@ class Studio:
         """Start to open the base; again where the last try failed, since a network may be back."""
         with self._lock:
             if self._opened is None or (self._opened.done() and self._opened.exception()):
-                pool = ThreadPoolExecutor(1, thread_name_prefix="open-base")
-                self._opened = pool.submit(self._open)
-                pool.shutdown(wait=False)
+                self._opened = _in_background(self._open)
             return self._opened
 
+    def fetch(self, token: str | None = None) -> Future[None]:
+        """Start to fetch what is to be opened. The token is for this only: neither the studio nor whoever opens the base has it."""
+        return _in_background(self._fetch, token)
+
+    def _fetch(self, token: str | None) -> None:
+        try:
+            hub.prepare(self.base, self.meta_down, self._take, token)
+        finally:
+            self.fetched = None
+
     def _open(self) -> Personalizer:
+        self._fetch(None)
         from .personalizer import Personalizer
 
-        personalizer = Personalizer.open(self.base, self.meta_down, plan=self.plan, on_fetch=self._take)
+        personalizer = Personalizer.open(self.base, self.meta_down, plan=self.plan)
         for domain in personalizer.domains:
             personalizer.meta_down(domain)
         personalizer.finder  # loaded now, so that the first photo need not wait
         return personalizer
 
-    def _take(self, report: Fetched) -> None:
+    def _take(self, report: hub.Fetched) -> None:
         self.fetched = report
 
     @property
@@ -207,6 +216,14 @@ class Studio:
             self.personalizer.export(identity, folder / "lora-diffusers.safetensors", "diffusers"),
             self.personalizer.export(identity, folder / "lora-kohya.safetensors", "kohya"),
         )
+
+
+def _in_background(work: Callable[..., Any], *given: Any) -> Future:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="open-base")
+    try:
+        return pool.submit(work, *given)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def on_gpu(seconds: Callable[..., int]) -> Callable[[Callable], Callable]:

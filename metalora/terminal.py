@@ -136,7 +136,8 @@ def launch(arguments: Sequence[str] | None = None) -> None:
     """Run a command and leave with its exit code."""
     if os.environ.get(DEBUG) != "1":
         warnings.simplefilter("ignore")
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        for library in ("DIFFUSERS", "HF_HUB"):
+            os.environ.setdefault(f"{library}_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without our dashes is no fault

@@ -20,16 +20,19 @@ def large(name: str, body: bytes, key: str = "sha256") -> dict[str, dict]:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves `repos`: id → {file name: bytes}; ids in `gated` need a token. Weights are large files, with a SHA-256.
+    """Serves `repos`: id → {file name: bytes}. Weights are large files, with a SHA-256.
 
-    `asked` lists the files that were fetched, `sent` the bytes of each; `requests` counts all that was asked. Of files in
-    `wrong` another byte is sent than their SHA-256 is of. After each number of bytes in `cuts` a connection is cut, `pause`
-    makes weights come slowly, in seconds for each 64 kB.
+    Of ids in `gated` the files need a token, but not what is said of them; those in `private` are not there for who has none;
+    those in `forbidden` no token opens. Of tokens only those in `tokens` are known, or all where that is None. `asked` lists
+    the files that were fetched, `sent` the bytes of each; `requests` counts all that was asked. Of files in `wrong` another byte
+    is sent than their SHA-256 is of, of files in `short` the last byte is missing. After each number of bytes in `cuts` a
+    connection is cut, `pause` makes weights come slowly, in seconds for each 64 kB. A `silent` server takes questions and answers none.
     """
 
     def __init__(self, repos: dict[str, dict[str, bytes]], gated: set[str] = frozenset(), wrong: set[str] = frozenset(), cuts: list[int] | None = None, pause: float = 0):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos, self.gated, self.wrong, self.cuts, self.pause = repos, gated, wrong, cuts or [], pause
+        self.private, self.forbidden, self.tokens, self.short, self.silent = set(), set(), None, set(), False
         self.asked, self.sent, self.requests = [], {}, 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -44,6 +47,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+    def parse_request(self):
+        if not self.server.silent:
+            return super().parse_request()
+        while self.server.silent:
+            time.sleep(0.1)
+        self.close_connection = True
+        return False
+
+    @property
+    def token(self) -> str:
+        """What was given, known or not."""
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def do_HEAD(self):
         self.do_GET()
@@ -61,7 +77,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.answer(json.dumps(tree).encode(), {"Content-Type": "application/json"})
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             if (files := self.find(match[1], match[2])) is not None:
-                self.send_file(match[3], files[match[3]])
+                if match[1] in self.server.gated and not self.token:
+                    self.refuse(401, "GatedRepo", f"Access to model {match[1]} is restricted.")
+                else:
+                    self.send_file(match[3], files[match[3]])
         else:
             self.refuse(404, "", "no such page")
 
@@ -72,7 +91,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked.append(name)
         if name in self.server.wrong:
             body = bytes([body[0] ^ 1]) + body[1:]
+        if name in self.server.short:
+            body = body[:-1]
         start = int(re.fullmatch(r"bytes=(\d+)-\d*", self.headers.get("Range", "bytes=0-"))[1])
+        if start >= len(body):
+            return self.answer(b"", {"Content-Range": f"bytes */{len(body)}"}, 416)
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         self.send_response(206 if start else 200)
@@ -90,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         path, body = unquote(urlsplit(self.path).path), self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if "Authorization" not in self.headers:
+        if not self.token:
             self.refuse(401, "", "Invalid username or password.")
         elif path == "/api/repos/create":
             given = json.loads(body)
@@ -111,10 +134,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse(404, "", "no such page")
 
     def find(self, repo: str, revision: str | None) -> dict[str, bytes] | None:
-        if repo not in self.server.repos:
-            return self.refuse(401, "RepoNotFound", "Repository not found")
-        if repo in self.server.gated and "Authorization" not in self.headers:
-            return self.refuse(401, "GatedRepo", "Access is restricted")
+        if self.token and self.server.tokens is not None and self.token not in self.server.tokens:
+            return self.refuse(401, "", "Invalid credentials in Authorization header")
+        if repo not in self.server.repos or (repo in self.server.private and not self.token):
+            return self.refuse(404 if self.token else 401, "RepoNotFound", "Repository not found")
+        if repo in self.server.forbidden:
+            return self.refuse(403, "", "Please enable access to this repository in your token's settings")
         if revision not in (None, "main", "v1", SHA):
             return self.refuse(404, "RevisionNotFound", "Invalid rev id")
         return self.server.repos[repo]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from metalora.handlers import Handlers, parse_size, sizes
 from metalora.studio import StopFlag
 
 from .conftest import make_meta_down
+from .hub_server import HubServer
 from .parts import COLOURS, GREY, portrait
 
 pytestmark = pytest.mark.one_family
@@ -250,9 +252,78 @@ def test_without_a_meta_down_the_page_says_how_people_are_learnt(tiny_base, phot
     with served("--base", str(tiny_base)) as url:
         client = Client(url, verbose=False)
         status, domain, steps, *_ = client.predict(api_name="/status")
-        assert "ready" in status and "ordinary LoRAs of rank 16" in status
+        assert "ready" in status and "ordinary LoRAs of rank 16 (make one with python -m metalora meta-train, or give one with --meta-down)" in status
         assert [value for _, value in domain["choices"]] == ["woman", "man"] and steps["value"] == 1000
         assert Identity.load(files_of(learn(client, photos["ann"]))[0]).is_plain
+
+
+# ---- a base from the Hub
+
+
+@pytest.fixture
+def gated(tiny_base):
+    """A server whose base needs the token hf_mine."""
+    files = {str(p.relative_to(tiny_base)): p.read_bytes() for p in tiny_base.rglob("*") if p.is_file()}
+    files["metalora.json"] = files["metalora.json"].replace(b'"../', f'"{tiny_base.parent}/'.encode())  # the face pack and CLIP lie beside it
+    server = HubServer({"org/base": files}, {"org/base"})
+    server.tokens = {"hf_mine"}
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def gated_app(gated, tmp_path):
+    """The address of `python app.py` on that base, and a folder with all that it writes: its cache, its temporary files, its logs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name in ("home", "temp"):
+        (tmp_path / name).mkdir()
+    own = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE") and not k.startswith("METALORA_")}
+    env = {**own, "HF_ENDPOINT": gated.url, "HF_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temp"), "HF_HUB_DISABLE_TELEMETRY": "1", "METALORA_DEBUG": "1", "HF_DEBUG": "1"}
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen([sys.executable, str(ROOT / "app.py"), "--base", "org/base", "--host", "127.0.0.1", "--port", str(port)], env=env, stdout=log, stderr=log)
+        try:
+            wait_until(lambda: answers(port), 120)
+            yield f"http://127.0.0.1:{port}", tmp_path
+        finally:
+            run.terminate()
+            run.wait(30)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_token_of_the_page_opens_a_gated_base_and_stays_nowhere(gated, gated_app):
+    address, folder = gated_app
+    client = Client(address, verbose=False)
+    status, *_, token = client.predict(api_name="/status")
+    assert f'accept its licence at <a href="{gated.url}/org/base"' in status and token["visible"]
+    with pytest.raises(AppError, match="That is no token"):
+        client.predict("two words\n", api_name="/unlock")
+    status, *_, token = client.predict("hf_other", api_name="/unlock")
+    assert "refuses the token" in status and f'href="{gated.url}/settings/tokens"' in status and token["visible"] and token["value"] == ""
+    assert "is gated" in Client(address, verbose=False).predict(api_name="/status")[0]  # nobody else has it
+
+    gated.pause = 0.2
+    job = client.submit(" hf_mine ", api_name="/unlock")
+    status, *_, token = job.result(timeout=120)
+    assert "tiny" in status and "ready" in status and not token["visible"] and token["value"] == ""
+    assert any("fetching org/base: 0.00 of 0.00 GB" in update[0] for update in job.outputs())
+    assert "ready" in Client(address, verbose=False).predict(api_name="/status")[0]  # the base is there for all
+
+    kept = [path for path in folder.rglob("*") if path.is_file() and any(word in path.read_bytes() for word in (b"hf_mine", b"hf_other"))]
+    assert (folder / "log").stat().st_size and list(folder.rglob("*.safetensors")) and not kept
+
+
+def test_the_download_of_a_base_is_shown(gated, gated_app):
+    gated.gated, gated.pause = set(), 0.2
+    job = Client(gated_app[0], verbose=False).submit(api_name="/status")
+    assert "ready" in job.result(timeout=120)[0]
+    assert any("busy" in update[0] and "fetching org/base: " in update[0] for update in job.outputs())
 
 
 # ---- settings
@@ -296,6 +367,13 @@ def test_figures_have_two_digits(cosine, text):
 
 def test_words_of_users_and_bases_are_shown_as_text():
     assert "<b>" not in cards.words([["<b>red</b>", "blue"]]) and "<script" not in cards.status("<script>")
+
+
+def test_addresses_in_a_sentence_are_links_and_nothing_else_is():
+    text = cards.sentence('at https://hub/a/b?c=1&d, (http://127.0.0.1:9) & <a href="x">. See https://hub/"onclick="x javascript:x')
+    links = re.findall(r"<a href=.*?</a>", text)
+    assert [re.sub(r"<.*?>", "", link) for link in links] == ["https://hub/a/b?c=1&amp;d", "http://127.0.0.1:9", "https://hub/"]
+    assert re.sub(r"<a href=\S+ target=\"_blank\" rel=\"noopener\">|</a>", "", text).count("<") == 0
 
 
 def test_stop_flags_are_apart():

@@ -42,23 +42,34 @@ NAMINGS = {
 def test_every_layer_is_found_whatever_its_name(base, tmp_path, naming, turned):
     all_factors = factors(base)
     tensors = {NAMINGS[naming](i, name, part): t.T if turned else t for i, (name, each) in enumerate(all_factors.items()) for part, t in enumerate(each)}
-    found, placed = convert(written(tmp_path / "f.safetensors", tensors), base, "woman", "theirs")
+    found, placed = convert(written(tmp_path / "f.safetensors", tensors), str(base.folder), "woman", "theirs")
     assert list(found.tensors) == list(all_factors) and not placed.left_out and not placed.empty
     assert all(torch.equal(found.tensors[name], down) for name, (down, _, _) in all_factors.items())
     assert len(placed.by_order if naming == "numbers" else placed.by_name) == len(all_factors)
     assert (found.adapter.meta_rank, found.adapter.rank, found.adapter.targets) == (META_RANK, RANK, base.settings.adapter.targets)
 
 
+def test_of_the_base_only_names_and_shapes_are_asked(base, tmp_path):
+    bare = tmp_path / "bare"
+    for path in base.folder.rglob("*"):
+        if path.is_file() and (path.suffix == ".json" or path.parent.name == "transformer"):
+            (bare / path.relative_to(base.folder)).parent.mkdir(parents=True, exist_ok=True)
+            (bare / path.relative_to(base.folder)).symlink_to(path)
+    tensors = {f"{name}.down": down for name, (down, _, _) in factors(base).items()}
+    found, _ = convert(written(tmp_path / "f.safetensors", tensors), str(bare), "woman", "theirs")
+    assert (found.base, found.base_fingerprint, list(found.tensors)) == (base.name, base.fingerprint, list(factors(base)))
+
+
 def test_downs_alone_are_enough(base, tmp_path):
     downs = {f"transformer.{name}.meta_down.weight": down for name, (down, _, _) in factors(base).items()}
-    found, placed = convert(written(tmp_path / "f.safetensors", downs), base, "man", "theirs")
+    found, placed = convert(written(tmp_path / "f.safetensors", downs), str(base.folder), "man", "theirs")
     assert len(placed.by_name) == len(downs) and found.domain == "man"
 
 
 def test_some_layers_are_some_layers(base, tmp_path):
     some = dict(list(factors(base).items())[::2])
     tensors = {NAMINGS["peft"](0, name, part): t for name, each in some.items() for part, t in enumerate(each)}
-    found, placed = convert(written(tmp_path / "f.safetensors", tensors), base, "woman", "theirs")
+    found, placed = convert(written(tmp_path / "f.safetensors", tensors), str(base.folder), "woman", "theirs")
     assert list(found.tensors) == list(some) == list(find_targets(base.transformer, found.adapter.targets))
     assert len(placed.empty) == len(factors(base)) - len(some)
     again = MetaDown.load(found.save(tmp_path / "folder"))
@@ -68,10 +79,10 @@ def test_some_layers_are_some_layers(base, tmp_path):
 def test_what_fits_nowhere_is_said_and_never_guessed(base, tmp_path):
     tensors = {NAMINGS["peft"](0, name, part): t for name, each in factors(base).items() for part, t in enumerate(each)}
     tensors |= {"other.3.down": torch.randn(META_RANK, 977), "other.4.a": torch.randn(3, 7), "other.4.b": torch.randn(9, 3), "alpha": torch.tensor(1.0)}
-    _, placed = convert(written(tmp_path / "f.safetensors", tensors), base, "woman", "theirs")
+    _, placed = convert(written(tmp_path / "f.safetensors", tensors), str(base.folder), "woman", "theirs")
     assert sorted(line.split(":")[0].split(",")[0] for line in placed.left_out) == ["1 layers 977 wide", "1 tensors that are no matrices", "other.4"]
     numbered = {NAMINGS["numbers"](i, name, part): t for i, (name, each) in enumerate(list(factors(base).items())[1:]) for part, t in enumerate(each)}
-    _, placed = convert(written(tmp_path / "g.safetensors", numbered), base, "woman", "theirs")
+    _, placed = convert(written(tmp_path / "g.safetensors", numbered), str(base.folder), "woman", "theirs")
     assert any("which is which is not known" in line for line in placed.left_out) and placed.empty
 
 
@@ -110,10 +121,10 @@ def test_the_command_says_what_went_where_and_refuses_what_it_cannot_read(base, 
         main(arguments)
     assert "holds a Meta-Down already" in capsys.readouterr().err
     with pytest.raises(MetaLoraError, match="Nothing in g.safetensors fits"):
-        convert(written(tmp_path / "g.safetensors", {"a.down": torch.randn(3, 977)}), base, "woman", "theirs")
+        convert(written(tmp_path / "g.safetensors", {"a.down": torch.randn(3, 977)}), str(base.folder), "woman", "theirs")
     (tmp_path / "h.pt").write_bytes(b"\x80\x02whatever")
     with pytest.raises(MetaLoraError, match="was not opened"):
-        convert(tmp_path / "h.pt", base, "woman", "theirs")
+        convert(tmp_path / "h.pt", str(base.folder), "woman", "theirs")
     mixed = {f"transformer.{name}.down": torch.randn(2 + i % 2, down.shape[1]) for i, (name, (down, _, _)) in enumerate(factors(base).items())}
     with pytest.raises(MetaLoraError, match="have different ranks \\(2, 3\\); a Meta-Down has one"):
-        convert(written(tmp_path / "m.safetensors", mixed), base, "woman", "theirs")
+        convert(written(tmp_path / "m.safetensors", mixed), str(base.folder), "woman", "theirs")

@@ -17,9 +17,10 @@ from metalora.adapt import adapt
 from metalora.cache import encode
 from metalora.config import MetaConfig
 from metalora.data import load_dataset
+from metalora.files import PREDICTOR, is_complete
 from metalora.hub import META_DOWN_FILES
 from metalora.meta import learn_domain, meta_train
-from metalora.metadown import PREDICTOR, MetaDown, is_complete
+from metalora.metadown import MetaDown
 from metalora.predict import FOLDS, fit_predictor
 
 from .conftest import run

@@ -14,9 +14,10 @@ from metalora.adapt import adapt, adapt_plain
 from metalora.adapter import attach, find_targets, without_first
 from metalora.config import AdaptConfig, AdapterConfig, FlowConfig, MetaConfig
 from metalora.face import Face, FaceFinder
+from metalora.files import START, is_complete
 from metalora.hub import META_DOWN_FILES
 from metalora.meta import meta_train
-from metalora.metadown import START, MetaDown, is_complete
+from metalora.metadown import MetaDown
 from metalora.train import flow_loss, two_rates
 
 from .conftest import make_meta_down, run, state_hash
