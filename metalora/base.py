@@ -49,6 +49,7 @@ class Base:
     choice: Choice  # the plan it was opened with, and why
     plan: Plan  # the one it follows now
     precision: Precision | None = None  # of the weights that are here; None while there are none
+    notice: str = ""  # that the plan had to be changed, until whoever shows things to the user has taken it
     fold: Fold = field(default_factory=Fold)  # who is in the weights now
     _at_work: Counter[str] = field(default_factory=Counter)  # components that a piece of work needs on the device now
 
@@ -61,16 +62,13 @@ class Base:
         `plan` takes the plan of that name; `learning` says what the memory must do for; `on_fetch` sees how far a download is.
         Raises MetaLoraError where it cannot be had, is of no family that is understood or does not fit the device.
         """
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = place_of(device)
         if place.type == "cuda":
-            if not torch.cuda.is_available():
-                raise MetaLoraError("There is no usable GPU on this machine; leave the device out, or choose cpu.")
-            place = numbered(place)
             torch.cuda.set_device(place)  # bitsandbytes loads to the current one
         folder = hub.base_folder(str(name), on_fetch=on_fetch)
         _quiet()
         family, settings = family_of(folder), settings_of(folder)
-        choice = choose(card(place), system_memory(), _model(folder).needs(Work.of(settings, learning)), plan)
+        choice = choice_for(folder, place, plan, learning)
         base = cls(None, family, settings, settings.name or str(name), fingerprint(folder), place, folder, choice, choice.plan)
         base.persevere(base._follow)
         return base
@@ -140,7 +138,8 @@ class Base:
         below = self.choice.below(self.plan)
         if below is None:
             raise MetaLoraError(OUT_OF_MEMORY) from fault
-        logger.warning(f"The GPU ran out of memory with the plan {self.plan.name}; going on with {below.name}: {describe(below)}.")
+        self.notice = f"The GPU ran out of memory with the plan {self.plan.name}; going on with {below.name}: {describe(below)}."
+        logger.warning(self.notice)
         before, self.plan = self.plan, below
         gc.collect()
         if before.folds != below.folds:
@@ -192,6 +191,23 @@ class Base:
         return self.family.velocity(self.transformer, tokens, sigma, text, image_ids, guidance)
 
 
+def choice_for(folder: Path, place: torch.device, plan: str | None = None, learning: Learning = "person") -> Choice:
+    """The plan for the base whose configs are in `folder`; its weights need not be there. MetaLoraError where none fits."""
+    try:
+        model = Model.of(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(folder, error) from error
+    return choose(card(place), system_memory(), model.needs(Work.of(settings_of(folder), learning)), plan)
+
+
+def place_of(device: str | None) -> torch.device:
+    """The device of that name; the best one where none is named."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise MetaLoraError("There is no usable GPU on this machine; leave the device out, or choose cpu.")
+    return numbered(place)
+
+
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the transformer's config and the first MiB of each of its weight files: which model this is."""
     config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
@@ -207,13 +223,6 @@ def _quiet() -> None:
     """Keep the libraries' bars for the reading of each component off the screen; downloads still show theirs."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-
-
-def _model(folder: Path) -> Model:
-    try:
-        return Model.of(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreadable(folder, error) from error
 
 
 def _load_pipeline(folder: Path, family: Family, plan: Plan) -> DiffusionPipeline:

@@ -46,7 +46,7 @@ def adapt(
     from .progress import Line
 
     images, others = ([load_photo(path) for path in paths] for paths in (photos, held_out or []))
-    _prepare(base, meta_down)
+    _prepare(base, meta_down, plan=plan)
     personalizer = _open(base, meta_down, plan)
     for image in others:
         personalizer.pick(image)
@@ -79,7 +79,7 @@ def adapt_all(
 
     people = load_dataset(dataset)
     subjects = people.of_domain(domain) if domain else people.subjects
-    _prepare(base, meta_down)
+    _prepare(base, meta_down, plan=plan)
     from .people import adapt_all as run
 
     personalizer = _open(base, meta_down, plan)
@@ -258,7 +258,7 @@ def evaluate(
         Method.parse(each)
     for each in degrade or []:
         Degradation.parse(each)
-    _prepare(base, meta_down)
+    _prepare(base, meta_down, plan=plan)
     with Line() as line:
         dino = str(hub.model_folder(dino, line.fetched)) if dino else None
     from .evaluate import evaluate as run
@@ -306,8 +306,8 @@ def _fetch(base: str) -> None:
         hub.base_folder(base, on_fetch=line.fetched)
 
 
-def _prepare(base: str, meta_down: str | None, identity: Path | None = None) -> None:
-    """The same with the Meta-Downs."""
+def _prepare(base: str, meta_down: str | None, identity: Path | None = None, plan: str | None = None) -> None:
+    """The same with the Meta-Downs; not where this machine has not the memory for it."""
     from . import hub
     from .files import check_tensors
     from .progress import Line
@@ -315,7 +315,13 @@ def _prepare(base: str, meta_down: str | None, identity: Path | None = None) -> 
     if identity:
         check_tensors(identity, "an identity file")  # not after a download of many GB
     with Line() as line:
-        hub.prepare(base, meta_down, line.fetched)
+        hub.prepare(base, meta_down, line.fetched, before=lambda configs: _check_memory(configs, plan))
+
+
+def _check_memory(configs: Path, plan: str | None) -> None:
+    from .base import choice_for, place_of
+
+    choice_for(configs, place_of(here().device()), plan)
 
 
 def _open(base: str, meta_down: str | None, plan: str | None) -> Personalizer:

@@ -173,6 +173,7 @@ class Handlers:
             with one_sentence():
                 shown = 0.0
                 for report in self.train(photo, domain, int(face) or None, int(steps), int(seed), held_out or [], stop):
+                    self._tell()
                     if isinstance(report, Learnt):
                         files = self.studio.write_files(report.identity, new_folder())
                         yield [*map(download, files), report, card.done(time.monotonic() - started, domain), *idle]
@@ -188,6 +189,11 @@ class Handlers:
             raise
         finally:
             stop.clear()
+
+    def _tell(self) -> None:
+        """Show what the user should know of the base."""
+        if notice := self.studio.take_notice():
+            gr.Warning(notice, title="Less memory than thought")
 
     @staticmethod
     def stop(request: gr.Request) -> None:
@@ -212,6 +218,7 @@ class Handlers:
         try:
             with one_sentence():
                 for picture in self.draw(learnt, order, new_folder(), stop):
+                    self._tell()
                     shown.append((str(picture.path), cards.caption(picture, order.seed + len(pictures), scored)))
                     pictures.append(picture)
                     summary = cards.summary(pictures, time.monotonic() - started, held_out)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ MODEL_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.sa
 META_DOWN_FILES = [TENSORS, START, PREDICTOR, CONFIG, CARD]
 ANSWER_WITHIN = 3.5  # seconds that the Hub may take for its first answer
 SILENCE = 60.0  # seconds without a byte after which a connection counts as dead; the Hub may think for long over an upload
+LARGE = 2**30  # bytes; whether a base fits this machine takes longer to find out than to fetch less than that
 Answer = TypeVar("Answer")
 
 
@@ -61,25 +62,31 @@ class Fetched:
 
 
 OnFetch = Callable[[Fetched], object]
+Before = Callable[[Path], object]
 
 
 class NoAccess(MetaLoraError):
     """The Hub does not give something to who asks, but may to who has a token."""
 
 
-def prepare(base: str, meta_down: str | Path | None = None, on_fetch: OnFetch | None = None, token: str | None = None) -> None:
+def prepare(
+    base: str, meta_down: str | Path | None = None, on_fetch: OnFetch | None = None, token: str | None = None, before: Before | None = None
+) -> None:  # fmt: skip
     """Have a base on this machine, and the Meta-Down that was given or the catalogue's, so that opening them asks nothing of the Hub.
 
     To do it first tells what the Hub refuses before the libraries are loaded that opening needs, which takes seconds. `token`
-    is for this only; without one the client takes HF_TOKEN's, or that of `hf auth login`. MetaLoraError where one cannot be had.
+    is for this only; without one the client takes HF_TOKEN's, or that of `hf auth login`. `before` is called with the folder
+    of the base's configs before a long download. MetaLoraError where one cannot be had.
     """
-    base_folder(base, on_fetch=on_fetch, token=token)
+    base_folder(base, on_fetch=on_fetch, token=token, before=before)
     for domain, place in ({"": str(meta_down)} if meta_down else meta_down_places(base)).items():
         if not domains_in(place):
             meta_down_folder(place, domain, on_fetch=on_fetch, token=token)
 
 
-def base_folder(name: str, download: bool = True, on_fetch: OnFetch | None = None, token: str | None = None) -> Path:
+def base_folder(
+    name: str, download: bool = True, on_fetch: OnFetch | None = None, token: str | None = None, before: Before | None = None
+) -> Path:  # fmt: skip
     """Local folder of a base model; fetched when it must be and may. MetaLoraError where there is none to be had.
 
     A name of the catalogue has the revision that stands there, one of your own may say its revision after an @.
@@ -94,7 +101,7 @@ def base_folder(name: str, download: bool = True, on_fetch: OnFetch | None = Non
     if place:
         raise MetaLoraError(f"The base {name} should lie in {folder}, but it is not there; get the project's files afresh.")
     pinned = f"{name}@{row['revision']}" if "revision" in row else name
-    return fetch(pinned, PIPELINE_FILES, pipeline_is_complete, download, on_fetch, token)
+    return fetch(pinned, PIPELINE_FILES, pipeline_is_complete, download, on_fetch, token, before)
 
 
 def meta_down_places(base: str) -> dict[str, str]:
@@ -146,7 +153,8 @@ def _part_is_complete(part: Path) -> bool:
 
 
 def fetch(
-    name: str, files: list[str], complete: Callable[[Path], bool], download: bool = True, on_fetch: OnFetch | None = None, token: str | None = None
+    name: str, files: list[str], complete: Callable[[Path], bool], download: bool = True, on_fetch: OnFetch | None = None, token: str | None = None,
+    before: Before | None = None,
 ) -> Path:  # fmt: skip
     """Folder of a Hub repository's snapshot that holds `files`; `complete(folder)` says whether the cache has all of them."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
@@ -165,7 +173,7 @@ def fetch(
     try:
         if not download:
             raise MetaLoraError(f"{name} is not on this machine yet; it is fetched on first use.")
-        folder = _download(repo, revision or None, files, on_fetch, token)
+        folder = _download(repo, revision or None, files, on_fetch, token, before)
     except MetaLoraError:
         if bare:
             return bare
@@ -186,7 +194,7 @@ def _cached(repo: str, revision: str | None, files: list[str]) -> Path | None:
         return None
 
 
-def _download(repo: str, revision: str | None, files: list[str], on_fetch: OnFetch | None, token: str | None) -> Path:
+def _download(repo: str, revision: str | None, files: list[str], on_fetch: OnFetch | None, token: str | None, before: Before | None) -> Path:
     """The large files one by one, each going on where it was and checked; then the client's own snapshot, which finds them in its cache."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import filter_repo_objects
@@ -196,9 +204,12 @@ def _download(repo: str, revision: str | None, files: list[str], on_fetch: OnFet
         info = _soon(lambda: ask(repo, revision=revision, files_metadata=True, timeout=ANSWER_WITHIN))  # one try: a dead network is told at once
         large = {f.rfilename: f.lfs for f in info.siblings or [] if f.lfs}
         wanted = list(filter_repo_objects(large, allow_patterns=files))
-        _fetch_blobs(repo, info.sha, {name: large[name] for name in wanted}, on_fetch, token)
         bar = silent_bar() if on_fetch else None
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, etag_timeout=ANSWER_WITHIN, tqdm_class=bar, token=token))
+        snapshot = partial(snapshot_download, repo, revision=revision, etag_timeout=ANSWER_WITHIN, tqdm_class=bar, token=token)
+        if before and sum(large[name].size for name in wanted) > LARGE:
+            before(Path(snapshot(allow_patterns=[file for file in files if file.endswith(".json")])))
+        _fetch_blobs(repo, info.sha, {name: large[name] for name in wanted}, on_fetch, token)
+        return Path(snapshot(allow_patterns=files))
 
 
 def _soon(ask: Callable[[], Answer]) -> Answer:

@@ -115,9 +115,14 @@ class Studio:
 
     def _fetch(self, token: str | None) -> None:
         try:
-            hub.prepare(self.base, self.meta_down, self._take, token)
+            hub.prepare(self.base, self.meta_down, self._take, token, self._check_memory)
         finally:
             self.fetched = None
+
+    def _check_memory(self, configs: Path) -> None:
+        from .base import choice_for, place_of
+
+        choice_for(configs, place_of(None), self.plan)
 
     def _open(self) -> Personalizer:
         self._fetch(None)
@@ -136,6 +141,12 @@ class Studio:
     def personalizer(self) -> Personalizer:
         """The opened base; waits for it. MetaLoraError where it cannot be had."""
         return self.open().result()
+
+    def take_notice(self) -> str:
+        """What the user should know of the base since the last time; nothing, as a rule."""
+        base = self.personalizer.base
+        said, base.notice = base.notice, ""
+        return said
 
     @property
     def settings(self) -> BaseSettings:

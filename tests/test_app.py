@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,8 @@ import app
 from metalora import Identity, cards
 from metalora.config import BaseSettings
 from metalora.handlers import Handlers, parse_size, sizes
-from metalora.studio import StopFlag
+from metalora.personalizer import Personalizer
+from metalora.studio import StopFlag, Studio
 
 from .conftest import make_meta_down
 from .hub_server import HubServer
@@ -384,6 +385,18 @@ def test_stop_flags_are_apart():
     finally:
         one.clear()
     assert not one.is_set()
+
+
+def test_what_the_user_should_know_of_the_base_is_shown_once(base, monkeypatch):
+    import gradio
+
+    opened, said = Future(), []
+    opened.set_result(Personalizer(replace(base, notice="going on with lean."), None))
+    monkeypatch.setattr(gradio, "Warning", lambda text, **more: said.append(text))
+    do = Handlers(Studio("tiny", _opened=opened), [])
+    do._tell()
+    do._tell()
+    assert said == ["going on with lean."]
 
 
 def test_handlers_of_a_sample(photos):

@@ -274,6 +274,23 @@ for ask in (lambda api: api.create_repo("org/down", exist_ok=True), lambda api: 
     assert done.returncode == 0 and done.stdout.count("cannot be reached; go online") == 2, (done.stdout, done.stderr)
 
 
+def test_a_machine_that_is_too_small_is_told_before_the_weights_come(server, tmp_path):
+    code = """
+import sys
+from metalora import MetaLoraError, hub
+from metalora.base import choice_for, place_of
+from metalora import base
+hub.LARGE, base.system_memory = 2**10, lambda: 2**20
+try:
+    hub.prepare("org/flux", before=lambda configs: choice_for(configs, place_of("cpu")))
+except MetaLoraError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(server.url, tmp_path), capture_output=True, text=True, timeout=60)
+    assert "GiB of system memory, and this machine has 0.0 GiB" in done.stdout, done.stderr
+    assert "transformer/config.json" in server.asked and not any(name.endswith(".safetensors") for name in server.asked)
+
+
 def test_a_killed_download_goes_on_where_it_was(server, tiny_base, tmp_path):
     server.pause = 0.05
     run = subprocess.Popen([sys.executable, "-c", SCRIPT, "base:org/flux"], env=environment(server.url, tmp_path))
