@@ -17,7 +17,7 @@ from PIL import Image
 
 from . import adapt as stage2
 from . import cache, hub
-from .base import OUT_OF_MEMORY, Base
+from .base import OUT_OF_MEMORY, Base, choice_for, place_of
 from .clip import Clip
 from .config import DEFAULT_BASE, AdaptConfig
 from .errors import MetaLoraError
