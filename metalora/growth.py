@@ -42,10 +42,11 @@ def figure(rows: Sequence[dict[str, Any]], usual: Case) -> Figure:
             for way in dict.fromkeys(row["way"] for row in along if score in row):
                 points = sorted((row[name], row[score]) for row in along if row["way"] == way)
                 axes.plot(*zip(*points), marker="o", markersize=3, label=way)
-            axes.set_ylim(bottom=0)
             axes.set_xlabel(head, fontsize=9)
             axes.spines[["top", "right"]].set_visible(False)
             if column == 0:
                 axes.set_ylabel(title, fontsize=9)
+    for first, *_ in panels:  # a row shares its scale, and must be whole before that is set
+        first.set_ylim(bottom=0)
     drawn.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return drawn
