@@ -152,7 +152,7 @@ def test_growth_changes_one_thing_at_a_time(base):
     assert changed == {(), *((key,) for key in vars(usual) if key != "people"), ("batch", "people")}
     wanted = {name: {vars(case)[name] for case in cases} for name in growth.AXES}
     ways = ["one way", "another"]
-    rows = [{**vars(case), "way": way, "ms a step": 1.0 + i * (100 if case == cases[3] else 1), "MiB kept for the way back": 2.0} for way in ways for i, case in enumerate(cases)]
+    rows = [{**vars(case), "way": way, "ms a step": 1.0 + i * (100 if case == cases[-1] else 1), "MiB kept for the way back": 2.0} for way in ways for i, case in enumerate(cases)]
     axes = growth.figure(rows, usual).axes
     for panel in axes:
         name = next(name for name, head in growth.AXES.items() if head == panel.get_xlabel())
