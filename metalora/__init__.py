@@ -17,6 +17,7 @@ from .errors import Cancelled, MetaLoraError
 # free cores, and on two that others keep busy: 64 and 287 ms by default, 170 and 110 without spinning, 68 and 167 so.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with which products on a GPU come out the same every time
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns on import that torchvision, which nothing here needs, is missing
 
 for _library in ("torchao", "bitsandbytes", "diffusers.quantizers.torchao", "torch.utils._pytree"):  # where the former two are installed, all tell on

@@ -27,9 +27,12 @@ def _fp8() -> dict[str, Any]:
     """float8 e4m3 weights with a scale for every row. Cards that multiply float8 numbers quantise the input too, row by row; others compute in 16 bits."""
     from diffusers import TorchAoConfig
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
+    from torchao.quantization.quantize_.common import KernelPreference
 
-    multiplies = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
-    return {"transformer": TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()) if multiplies else Float8WeightOnlyConfig())}
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        return {"transformer": TorchAoConfig(Float8WeightOnlyConfig())}
+    own = KernelPreference.TORCH  # to choose by itself torchao looks for other packages in every product
+    return {"transformer": TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), kernel_preference=own))}
 
 
 def _four_bit(dtype: torch.dtype, text_encoder: str) -> dict[str, Any]:

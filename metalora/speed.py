@@ -130,18 +130,20 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(base.device)
         held = torch.cuda.memory_allocated(base.device)
-    with train(base, data, case, **how) as losses, base.compiled() if compiled else nullcontext():
-        begin = time.perf_counter()
-        with FlopCounterMode(display=False) as counter, _kept() as kept:
+    with train(base, data, case, **how) as losses:
+        with FlopCounterMode(display=False) as counter, _kept() as kept:  # not compiled: what runs under a counter once is never compiled again
             first = next(losses)
-        to_first = time.perf_counter() - begin
-        for _ in range(warmup):
-            next(losses)
-        times = []
-        for _ in range(steps):
+        with base.compiled() if compiled else nullcontext():
             begin = time.perf_counter()
-            last = next(losses)  # it reads a loss, on a GPU that of the step before: the device is never further ahead than one step
-            times.append(1000 * (time.perf_counter() - begin))
+            next(losses)
+            to_first = time.perf_counter() - begin
+            for _ in range(warmup):
+                next(losses)
+            times = []
+            for _ in range(steps):
+                begin = time.perf_counter()
+                last = next(losses)  # it reads a loss, on a GPU that of the step before: the device is never further ahead than one step
+                times.append(1000 * (time.perf_counter() - begin))
         losses.close()
     found = {"first loss": first, "last loss": last, "s to the first step": to_first, "tera-operations a step": counter.get_total_flops() / 1e12, "MiB kept for the way back": sum(kept.values()) / 2**20}
     return times, found | ({"peak GiB beyond the weights": (torch.cuda.max_memory_allocated(base.device) - held) / GIB} if gpu else {})
@@ -279,12 +281,18 @@ def main(arguments: list[str] | None = None) -> None:
     possible = [name for name, way in WAYS.items() if way.train is meta_lora or not given.fp8]
     ways = given.way or [name for name in possible if WAYS[name].anywhere or base.device.type == "cuda"]
     with nullcontext() if given.base in FULL_SIZE else base.resident("transformer", "vae"):
-        found = compare(base, cases, ways, given.warmup, given.steps, given.script, given.rounds)
-        found["pictures"] = draw(base, cases[:1], min(2, given.warmup), given.draw) if given.draw else []
+        found = {**compare(base, cases, ways, given.warmup, given.steps, given.script, given.rounds), "pictures": [], "machine": machine()}
+        _write(found, given.json)  # what there is, whatever becomes of the pictures
+        if given.draw:
+            found["pictures"] = draw(base, cases[:1], min(2, given.warmup), given.draw)
+            _write(found, given.json)
     if given.plot:
         growth.figure(found["steps"], cases[0]).savefig(given.plot)
-    if given.json:
-        given.json.write_text(json.dumps({**found, "machine": machine()}, indent=1) + "\n")
+
+
+def _write(found: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ class _Gradients:
 
 @contextmanager
 def _repeatable(device: torch.device) -> Iterator[None]:
-    """On a GPU, choose the kernels whose result does not change from run to run; a CPU's do not anyway."""
+    """On a GPU, choose the kernels whose result does not change from run to run where there are such; a CPU's do not anyway."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     if device.type == "cuda":

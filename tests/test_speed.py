@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from metalora import drawing, growth, speed, standin
 from metalora.adapter import attach_plain, trainable
+from metalora.base import Base
 from metalora.config import FlowConfig
 from metalora.generate import render, use_people
 from metalora.standin import Case
@@ -69,6 +71,17 @@ def test_blocks_are_compiled_whole_and_once_for_all_people(base):
         graphs.append(counters["stats"]["unique_graphs"])
     assert losses[1] == losses[2] == pytest.approx(losses[0], rel=1e-4) and graphs[0] == 0 < graphs[1] == graphs[2]
     assert state_hash(base.transformer) == before and all(m._compiled_call_impl is None for m in base.transformer.modules())
+
+
+@pytest.mark.one_family
+def test_what_is_measured_as_compiled_is(base, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(Base, "compiled", partialmethod(Base.compiled, backend="aot_eager"))
+    times, found = speed.measure(base, Case(base.settings.train_resolution, 5), "Meta-LoRA, compiled", warmup=0, steps=1)
+    assert len(times) == 1 and counters["stats"]["unique_graphs"] > 0 and found["tera-operations a step"] > 0
 
 
 @pytest.mark.one_family

@@ -27,7 +27,8 @@ Run = Callable[[list[str]], None]  # the arguments of a command, in this process
 def training(name: str, given: argparse.Namespace) -> list[str]:
     """The arguments of the training `name`, a key of SHARES."""
     command = [*name.split(), "--data", str(given.data), "--work", str(given.work), "--device", given.device, "--config", json.dumps(given.config)]
-    command += ["--threads", "1"] if given.device == "cpu" else ["--batch-size", str(GPU_BATCHES[name])]
+    # A GPU has one process, whose batches are made on all cores.
+    command += ["--threads", "1"] if given.device == "cpu" else ["--threads", str(given.cores), "--batch-size", str(GPU_BATCHES[name])]
     return command + (["--steps", str(given.steps)] if given.steps else ["--minutes", f"{given.minutes * SHARES[name]:.1f}"])
 
 
