@@ -41,7 +41,7 @@ Answer = TypeVar("Answer")
 def catalog() -> dict[str, dict]:
     """Rows of catalog.json: base name → {"path": folder of ours, "revision": commit on the Hub, "licence": its name there, "meta_down": {domain: place}}.
 
-    A row without a revision, as FLUX.2-klein-4B's, is not pinned: the newest commit is fetched. Pin it once it was tried.
+    A row without a revision is not pinned: the newest commit is fetched.
     """
     return json.loads(CATALOG.read_text(encoding="utf-8"))
 
