@@ -60,8 +60,11 @@ class Recorded:
         self.inputs = [tensor.clone() for tensor in inputs]
         for parameter in self.parameters:
             parameter.grad = None  # made anew inside, so that every playing of it writes them afresh
-        recording = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recording):
-            self.loss = self.work(self.inputs)
+        recording, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(recording):
+                self.loss = self.work(self.inputs)
+        finally:
+            torch.cuda.set_stream(usual)  # a recording that fails does not
         self.gradients = [parameter.grad for parameter in self.parameters]
         self.recording = recording
