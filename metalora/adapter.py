@@ -90,14 +90,10 @@ class ThreeFactorLinear(nn.Module):
         super().__init__()
         device = base.weight.device
         self.route, self.scale = route, config.scale
-        self.hold(base)
+        self.base = base
         self.down = nn.Parameter(down.to(device, torch.float32), requires_grad=False)  # (r_m, d_in)
         self.mid = nn.Parameter(torch.zeros(count, config.rank, len(down), device=device))  # (n, r, r_m)
         self.up = nn.Parameter(torch.zeros(count, base.out_features, config.rank, device=device))  # (n, d_out, r)
-
-    def hold(self, base: nn.Linear) -> None:
-        """Stand on this layer from now on."""
-        self.base = base
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -132,7 +128,7 @@ class Adapter:
     def move_to(self, transformer: nn.Module) -> None:
         """Go over to the same transformer in another precision, with all that was learnt."""
         for name, layer in self.layers.items():
-            layer.hold(transformer.get_submodule(name))
+            layer.base = transformer.get_submodule(name)
         self._join(transformer)
 
     def __enter__(self) -> Adapter:

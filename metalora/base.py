@@ -62,13 +62,13 @@ class Base:
         `plan` takes the plan of that name; `learning` says what the memory must do for; `on_fetch` sees how far a download is.
         Raises MetaLoraError where it cannot be had, is of no family that is understood or does not fit the device.
         """
-        place = place_of(device)
+        place = _place(device)
         if place.type == "cuda":
             torch.cuda.set_device(place)  # bitsandbytes loads to the current one
         folder = hub.base_folder(str(name), on_fetch=on_fetch)
         _quiet()
         family, settings = family_of(folder), settings_of(folder)
-        choice = choice_for(folder, place, plan, learning)
+        choice = choice_for(folder, device, plan, learning)
         base = cls(None, family, settings, settings.name or str(name), fingerprint(folder), place, folder, choice, choice.plan)
         base.persevere(base._follow)
         return base
@@ -191,16 +191,12 @@ class Base:
         return self.family.velocity(self.transformer, tokens, sigma, text, image_ids, guidance)
 
 
-def choice_for(folder: Path, place: torch.device, plan: str | None = None, learning: Learning = "person") -> Choice:
+def choice_for(folder: Path, device: str | None = None, plan: str | None = None, learning: Learning = "person") -> Choice:
     """The plan for the base whose configs are in `folder`; its weights need not be there. MetaLoraError where none fits."""
-    try:
-        model = Model.of(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreadable(folder, error) from error
-    return choose(card(place), system_memory(), model.needs(Work.of(settings_of(folder), learning)), plan)
+    return choose(card(_place(device)), system_memory(), Model.of(folder).needs(Work.of(settings_of(folder), learning)), plan)
 
 
-def place_of(device: str | None) -> torch.device:
+def _place(device: str | None) -> torch.device:
     """The device of that name; the best one where none is named."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda" and not torch.cuda.is_available():

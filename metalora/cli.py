@@ -46,7 +46,7 @@ def adapt(
     from .progress import Line
 
     images, others = ([load_photo(path) for path in paths] for paths in (photos, held_out or []))
-    _prepare(base, meta_down, plan=plan)
+    _prepare(base, meta_down, plan)
     personalizer = _open(base, meta_down, plan)
     for image in others:
         personalizer.pick(image)
@@ -79,7 +79,7 @@ def adapt_all(
 
     people = load_dataset(dataset)
     subjects = people.of_domain(domain) if domain else people.subjects
-    _prepare(base, meta_down, plan=plan)
+    _prepare(base, meta_down, plan)
     from .people import adapt_all as run
 
     personalizer = _open(base, meta_down, plan)
@@ -110,7 +110,7 @@ def generate(
     """Generate pictures of a person into a folder; each PNG says in its metadata what made it."""
     check_folder(output)
     wanted = pair(size, "x", "--size", "768x512") if size else None
-    _prepare(base, meta_down, identity)
+    _prepare(base, meta_down, plan, identity)
     from .generate import save_png
     from .identity import Identity
     from .progress import Line
@@ -137,7 +137,7 @@ def export(
 ) -> Result:  # fmt: skip
     """Write a person as an ordinary LoRA that other programs read."""
     check_file(output)
-    _prepare(base, meta_down, identity)
+    _prepare(base, meta_down, plan, identity)
     from .identity import Identity
 
     person = Identity.load(identity)
@@ -258,7 +258,7 @@ def evaluate(
         Method.parse(each)
     for each in degrade or []:
         Degradation.parse(each)
-    _prepare(base, meta_down, plan=plan)
+    _prepare(base, meta_down, plan)
     with Line() as line:
         dino = str(hub.model_folder(dino, line.fetched)) if dino else None
     from .evaluate import evaluate as run
@@ -306,7 +306,7 @@ def _fetch(base: str) -> None:
         hub.base_folder(base, on_fetch=line.fetched)
 
 
-def _prepare(base: str, meta_down: str | None, identity: Path | None = None, plan: str | None = None) -> None:
+def _prepare(base: str, meta_down: str | None, plan: str | None, identity: Path | None = None) -> None:
     """The same with the Meta-Downs; not where this machine has not the memory for it."""
     from . import hub
     from .files import check_tensors
@@ -319,9 +319,9 @@ def _prepare(base: str, meta_down: str | None, identity: Path | None = None, pla
 
 
 def _check_memory(configs: Path, plan: str | None) -> None:
-    from .base import choice_for, place_of
+    from .base import choice_for
 
-    choice_for(configs, place_of(here().device()), plan)
+    choice_for(configs, here().device(), plan)
 
 
 def _open(base: str, meta_down: str | None, plan: str | None) -> Personalizer:

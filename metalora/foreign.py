@@ -19,7 +19,7 @@ from . import hub
 from .adapter import find_targets
 from .base import fingerprint
 from .errors import MetaLoraError
-from .families import settings_of, unreadable
+from .families import settings_of
 from .files import load_tensors
 from .metadown import MetaDown
 from .plan import Model
@@ -58,10 +58,7 @@ def convert(path: str | Path, base: str, domain: str, name: str) -> tuple[MetaDo
     tensors, _ = load_tensors(path, "a foreign adapter")
     folder = hub.base_folder(base)
     settings = settings_of(folder)
-    try:
-        transformer = Model.of(folder).modules["transformer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreadable(folder, error) from error
+    transformer = Model.of(folder).modules["transformer"]
     known, own = settings.name or base, settings.adapter
     targets = {n: (layer.in_features, layer.out_features) for n, layer in find_targets(transformer, own.targets).items()}
     layers, unread = read_layers(tensors)

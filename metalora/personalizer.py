@@ -17,7 +17,7 @@ from PIL import Image
 
 from . import adapt as stage2
 from . import cache, hub
-from .base import OUT_OF_MEMORY, Base, choice_for, place_of
+from .base import OUT_OF_MEMORY, Base, choice_for
 from .clip import Clip
 from .config import DEFAULT_BASE, AdaptConfig
 from .errors import MetaLoraError
@@ -71,7 +71,7 @@ class Personalizer:
         """
         plain = meta_down is None and not hub.meta_down_places(base)
         if not isinstance(meta_down, MetaDown):
-            hub.prepare(base, meta_down, on_fetch, before=lambda configs: choice_for(configs, place_of(device), plan))
+            hub.prepare(base, meta_down, on_fetch, before=lambda configs: choice_for(configs, device, plan))
         personalizer = cls(Base.open(base, device, plan, "plain" if plain else "person", on_fetch), meta_down)
         if meta_down is not None:
             for domain in personalizer.domains:

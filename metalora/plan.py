@@ -20,7 +20,7 @@ from torch import nn
 from .adapter import find_targets
 from .config import BaseSettings
 from .errors import MetaLoraError
-from .families import KNOWN, family_of
+from .families import KNOWN, family_of, unreadable
 from .family import Family
 
 GIB = 2**30
@@ -120,9 +120,12 @@ class Model:
 
     @classmethod
     def of(cls, folder: Path) -> Model:
-        """That of the pipeline in a folder."""
+        """That of the pipeline in a folder. MetaLoraError where its configs cannot be read."""
         family = family_of(folder)
-        return cls(family, {part: json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in family.networks})
+        try:
+            return cls(family, {part: json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in family.networks})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise unreadable(folder, error) from error
 
     @classmethod
     def known(cls, name: str) -> Model:

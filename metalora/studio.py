@@ -120,9 +120,9 @@ class Studio:
             self.fetched = None
 
     def _check_memory(self, configs: Path) -> None:
-        from .base import choice_for, place_of
+        from .base import choice_for
 
-        choice_for(configs, place_of(None), self.plan)
+        choice_for(configs, plan=self.plan)
 
     def _open(self) -> Personalizer:
         self._fetch(None)

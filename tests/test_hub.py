@@ -278,11 +278,11 @@ def test_a_machine_that_is_too_small_is_told_before_the_weights_come(server, tmp
     code = """
 import sys
 from metalora import MetaLoraError, hub
-from metalora.base import choice_for, place_of
+from metalora.base import choice_for
 from metalora import base
 hub.LARGE, base.system_memory = 2**10, lambda: 2**20
 try:
-    hub.prepare("org/flux", before=lambda configs: choice_for(configs, place_of("cpu")))
+    hub.prepare("org/flux", before=lambda configs: choice_for(configs, "cpu"))
 except MetaLoraError as error:
     print(error)
 """
