@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .adapter import Adapter, attach, attach_plain, find_targets, trainable, without_first
+from .adapter import Adapter, attach, attach_plain, find_targets, without_first
 from .base import Base
 from .cache import TrainingSet, mirrored
 from .config import AdaptConfig, AdapterConfig
 from .identity import Identity
 from .metadown import MetaDown
-from .train import Averages, Clock, StepReport, fit, two_rates, warmup
+from .train import Averages, Clock, StepReport, fit, two_rates, warmup, wholes
 
 Preview = Callable[[], Image.Image]
 
@@ -111,13 +111,14 @@ def _steps(
     base: Base, adapter: Adapter, data: TrainingSet, config: AdaptConfig, generator: torch.Generator, learnt: Callable[[int], Identity],
     preview: Preview | None = None, preview_every: int = 0,
 ) -> Generator[StepReport, None, Identity]:  # fmt: skip
-    clock, averages = Clock(config.steps), Averages(trainable(adapter), config.ema)
+    adamw = two_rates(adapter, config.learning_rate, config.weight_decay, config.up_rate)
+    clock, averages = Clock(config.steps), Averages(wholes([adamw]), config.ema)
     kept, shown = averages.used()(learnt), averages.used()(preview) if preview else None  # of the averages, not of the last step
     losses = fit(
         base,
         adapter,
         data.to(base.device, base.dtype),
-        [two_rates(adapter, config.learning_rate, config.weight_decay, config.up_rate)],
+        [adamw],
         steps=config.steps,
         batch_size=config.batch_size,
         generator=generator,

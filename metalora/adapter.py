@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,17 +71,46 @@ class Route:
     rows: Tensor | None = None  # (batch,) int64; None: identity 0 for all
 
 
-def add_delta(y: Tensor, x: Tensor, down: Tensor, mid: Tensor, up: Tensor, scale: float, keep_input: bool) -> Tensor:
-    """y + s · Up · Mid · Down · x, (..., d_out). What autograd keeps for the gradient of Mid is x, (..., d_in), or else Down·x, (..., r_m).
+class _Sum(torch.autograd.Function):
+    """y + s · Up · Mid · Down · x, (..., d_out), where y is given or, with `weight` (d_out, d_in), is W · x + bias, frozen.
 
-    The former is faster: Mid·Down costs r·r_m·d_in once, Down·x costs r_m·d_in for every token. The latter saves a third of
-    a training step's memory, but only where Down is frozen. Up is applied, scaled and added in one pass over y.
+    Mid (n, r, r_m) and Up (n, d_out, r) are those of n equal parts of x (..., d_in), one after the other. Written out because autograd would
+    go over y once more, make the gradient of x twice and add the two up, and run a third more of operations; what it would keep
+    is x, too. What is kept here for the gradient of Mid is x, where `keep_input` says so, or else Down · x, (..., r_m). The former is
+    faster, since Mid · Down costs r·r_m·d_in once and Down · x costs r_m·d_in for every token, and only so can Down learn. The
+    latter saves a third of a training step's memory.
     """
-    if keep_input:
-        inner = F.linear(x, (mid @ down).to(x.dtype))
-    else:
-        inner = F.linear(F.linear(x, down.to(x.dtype)), mid.to(x.dtype))
-    return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), up.to(x.dtype).T, alpha=scale).view(y.shape)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, down: Tensor, mid: Tensor, up: Tensor, scale: float, keep_input: bool) -> Tensor:  # fmt: skip
+        low, down, small, up = x.reshape(len(mid), -1, x.shape[-1]), down.to(x.dtype), mid.to(x.dtype), up.to(x.dtype)
+        a = small @ down  # (n, r, d_in)
+        if not keep_input:
+            low = F.linear(low, down)  # (n, tokens, r_m)
+        inner = torch.bmm(low, (a if keep_input else small).transpose(1, 2))  # (n, tokens, r)
+        ctx.save_for_backward(low, weight, down, mid, a, up, inner)
+        ctx.scale, ctx.keep_input = scale, keep_input
+        whole = F.linear(x, weight, bias) if y is None else y
+        parts = whole.reshape(len(mid), -1, whole.shape[-1])
+        add = parts.baddbmm_ if y is None else parts.baddbmm
+        return add(inner, up.transpose(1, 2), alpha=scale).view(whole.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        low, weight, down, mid, a, up, inner = ctx.saved_tensors
+        of_x, of_y, _, _, of_down, *_ = ctx.needs_input_grad
+        parts = grad.reshape(len(mid), -1, grad.shape[-1])
+        scaled = parts if ctx.scale == 1 else ctx.scale * parts
+        d_up = torch.bmm(scaled.transpose(1, 2), inner)
+        d_inner = torch.bmm(scaled, up)  # (n, tokens, r)
+        d_low = torch.bmm(d_inner.transpose(1, 2), low)  # of A = Mid · Down where the input was kept, or else of Mid
+        d_mid = d_low @ down.T if ctx.keep_input else d_low
+        d_down = (mid.transpose(1, 2) @ d_low.to(mid.dtype)).sum(0) if of_down else None
+        d_x = None
+        if of_x:
+            d_x = torch.bmm(d_inner, a) if weight is None else (parts @ weight).baddbmm_(d_inner, a)
+            d_x = d_x.view(*grad.shape[:-1], a.shape[-1])
+        return d_x, grad if of_y else None, None, None, d_down, d_mid.to(mid.dtype), d_up.to(mid.dtype), None, None
 
 
 class ThreeFactorLinear(nn.Module):
@@ -96,16 +126,14 @@ class ThreeFactorLinear(nn.Module):
         self.up = nn.Parameter(torch.zeros(count, base.out_features, config.rank, device=device))  # (n, d_out, r)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if self.route.rows is None:
-            keep_input = self.down.requires_grad or x.device.type == "cpu"
-            return add_delta(y, x, self.down, self.mid[0], self.up[0], self.scale, keep_input)
         rows = self.route.rows
-        a = (self.mid[rows] @ self.down).to(x.dtype)  # (batch, r, d_in)
-        b = self.up[rows].to(x.dtype)  # (batch, d_out, r)
-        tokens = x.reshape(len(rows), -1, x.shape[-1])  # (batch, tokens, d_in)
-        inner = torch.bmm(tokens, a.transpose(1, 2))  # (batch, tokens, r)
-        return torch.baddbmm(y.reshape(len(rows), -1, y.shape[-1]), inner, b.transpose(1, 2), alpha=self.scale).view(y.shape)
+        mid, up = self.mid, self.up
+        if rows is not None or len(mid) > 1:
+            chosen = slice(1) if rows is None else rows
+            mid, up = mid[chosen], up[chosen]
+        keep_input = self.down.requires_grad or x.device.type == "cpu"
+        y, weight, bias = (None, self.base.weight, self.base.bias) if type(self.base) is nn.Linear else (self.base(x), None, None)
+        return _Sum.apply(x, y, weight, bias, self.down, mid, up, self.scale, keep_input)
 
 
 class Adapter:

@@ -83,8 +83,7 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in, whatever the weights are kept in."""
-        return self.vae.dtype
+        return self.plan.dtype
 
     @contextmanager
     def resident(self, *components: str) -> Iterator[None]:
@@ -182,7 +181,7 @@ class Base:
 
         def encode() -> Latents:
             with self.resident("vae"):
-                return self.family.encode_images(self.vae, images.to(self.device, self.vae.dtype))
+                return self.family.encode_images(self.vae, images.to(self.device, self.dtype))
 
         return self.persevere(encode)
 
@@ -222,9 +221,8 @@ def _quiet() -> None:
 
 
 def _load_pipeline(folder: Path, family: Family, plan: Plan) -> DiffusionPipeline:
-    dtype = torch.float32 if plan.precision == "float32" else torch.bfloat16
-    configs = configs_for(plan.precision, dtype, family)
-    common = dict(dtype=dtype, local_files_only=True, use_safetensors=True)
+    configs = configs_for(plan.precision, plan.dtype, family)
+    common = dict(dtype=plan.dtype, local_files_only=True, use_safetensors=True)
     parts: dict[str, torch.nn.Module] = {}
     try:
         if (text := family.large_text_encoder) in configs:  # before the transformer and out of its way, for bitsandbytes makes both on the card

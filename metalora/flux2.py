@@ -42,7 +42,7 @@ class Flux2Klein(Family):
     #                     after their norms (2), the attention's output, and the SiLU's output (3)
     # double block   17   the same for both streams, and the input of the second norm
     # learning        5   the norm's output, the SwiGLU's (3) and one of the attention, which lies in a concatenation
-    vectors = Vectors(single=16, double=17, learning=5, at_work=20, drawing=22)
+    vectors = Vectors(single=16, double=17, learning=5, at_work=18, drawing=22)
     kohya = Kohya(
         "networks.lora_flux_2",
         double={

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 FIRST_STEPS = 3  # run as they are: libraries choose their kernels and make their work spaces then, which must not be recorded
 
@@ -17,21 +17,20 @@ Work = Callable[[Sequence[Tensor]], Tensor]
 
 
 class Recorded:
-    """`work(inputs)`, which leaves gradients with `parameters` and returns a loss (), as one recording of it.
+    """`work(inputs)`, which writes gradients and returns a loss (), as one recording of it.
 
-    `inputs` are tensors on the GPU, of the same shapes at every call; the work must read nothing else that changes its place, and
-    must not wait for the GPU. Gradients are those of the call alone: they are not added to what is there.
+    `inputs` are tensors on the GPU, of the same shapes at every call; the work must read and write nothing else that changes its
+    place, and must not wait for the GPU.
     """
 
-    def __init__(self, work: Work, parameters: Sequence[nn.Parameter]):
-        self.work, self.parameters = work, list(parameters)
+    def __init__(self, work: Work):
+        self.work = work
         self.forget()
 
     def forget(self) -> None:
         """Free the recording and its memory; the next call begins anew."""
         self.calls, self.recording = 0, None
         self.inputs: list[Tensor] = []
-        self.gradients: list[Tensor | None] = []
         self.loss = torch.empty(0)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -43,8 +42,6 @@ class Recorded:
         for kept, new in zip(self.inputs, inputs, strict=True):
             kept.copy_(new)
         self.recording.replay()
-        for parameter, gradient in zip(self.parameters, self.gradients):
-            parameter.grad = gradient
         return self.loss.clone()  # the next call writes over it
 
     def _on_another_stream(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -58,13 +55,10 @@ class Recorded:
 
     def _record(self, inputs: Sequence[Tensor]) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
-        for parameter in self.parameters:
-            parameter.grad = None  # made anew inside, so that every playing of it writes them afresh
         recording, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(recording):
                 self.loss = self.work(self.inputs)
         finally:
             torch.cuda.set_stream(usual)  # a recording that fails does not
-        self.gradients = [parameter.grad for parameter in self.parameters]
         self.recording = recording

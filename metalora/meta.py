@@ -38,7 +38,7 @@ from .metadown import MetaDown
 from .photo import load_photo
 from .predict import fit_predictor
 from .processes import here
-from .train import Clock, Share, StepReport, fit, flow_loss, optimizer
+from .train import Clock, Share, StepReport, fit, flow_loss, optimizer, wholes
 
 CHECKPOINT = "checkpoint.safetensors"
 VALIDATION_DRAWS = 4  # of noise and noise level, for each picture
@@ -50,7 +50,7 @@ class _State:
     """What a round hands to the next: Down with its optimiser's moments, the start, and how many rounds are done."""
 
     downs: dict[str, Tensor]
-    moments: dict[str, Tensor]  # "exp_avg.<layer>", "exp_avg_sq.<layer>", "step"
+    moments: dict[str, Tensor]  # "exp_avg" and "exp_avg_sq" (numbers of all layers' Down,), "step" ()
     round: int = 0
     start: Factors = field(default_factory=dict)  # layer → Mid, Up; none where none is learnt
 
@@ -80,7 +80,7 @@ def meta_train(
     checkpoint = Path(folder) / CHECKPOINT if folder else None
     if config.predict_rank and faces is None:
         raise MetaLoraError("A predictor is fitted on faces, and none are given; leave meta.predict_rank at 0.")
-    stamp = {"config": repr(replace(config, rounds=0, predict_rank=0, predict_steps=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
+    stamp = {"moments": "end to end", "config": repr(replace(config, rounds=0, predict_rank=0, predict_steps=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
     state = _resume(checkpoint, stamp) or _begin(base, shape, config)
     buckets = -(-subjects // size) if config.predict_rank else 0
     clock = Clock(config.rounds * config.bucket_steps + buckets * config.predict_steps, state.round * config.bucket_steps)
@@ -143,16 +143,18 @@ def _round(base: Base, heads: Adapter, data: TrainingSet, state: _State, config:
     generator = torch.Generator().manual_seed(hash((config.seed, 1, number)) % 2**63)
     heads.start(generator)
     heads.start_at(state.start)
-    of_heads = optimizer(heads.heads(), config.learning_rate, config.weight_decay)
-    of_down = optimizer(heads.downs(), config.down_learning_rate, config.weight_decay)
+    of_heads = optimizer([(heads.heads(), config.learning_rate)], config.weight_decay)
+    of_down = optimizer([(heads.downs(), config.down_learning_rate)], config.weight_decay)
     common = dict(batch_size=config.batch_size, generator=generator, flow_config=config.flow, max_grad_norm=config.max_grad_norm, share=share)
     heads.train_down(False)
     yield from fit(base, heads, data, [of_heads], steps=config.warmup_steps, **common)
     heads.train_down(True)
-    _load_moments(of_down, heads, state.moments)
+    (down,) = wholes([of_down])
+    if state.moments:
+        of_down.state[down] = {key: value.clone().to(down.device) for key, value in state.moments.items()}
     yield from fit(base, heads, data, [of_heads, of_down], steps=config.bucket_steps - config.warmup_steps, **common)
     heads.train_down(False)
-    state.moments = _moments(of_down, heads)
+    state.moments = {key: value.cpu() for key, value in of_down.state[down].items()}
 
 
 def _heads(
@@ -170,7 +172,7 @@ def _heads(
     data = bucket(subjects).to(base.device, base.dtype)
     heads.start(torch.Generator().manual_seed(hash((config.seed, 3)) % 2**63))  # the same for all buckets, so that all stay comparable
     heads.start_at(found.start)
-    of_heads = optimizer(heads.heads(), config.learning_rate, config.weight_decay)
+    of_heads = optimizer([(heads.heads(), config.learning_rate)], config.weight_decay)
     losses = fit(
         base, heads, data, [of_heads], steps=config.predict_steps, batch_size=config.batch_size, generator=generator,
         flow_config=config.flow, max_grad_norm=config.max_grad_norm, share=share,
@@ -196,7 +198,7 @@ def _validate(base: Base, heads: Adapter, unseen: tuple[TrainingSet, TrainingSet
     heads.start(generator)
     heads.start_at(start)
     learning = fit(
-        base, heads, seen, [optimizer(heads.heads(), config.learning_rate, config.weight_decay)], steps=config.validation_steps,
+        base, heads, seen, [optimizer([(heads.heads(), config.learning_rate)], config.weight_decay)], steps=config.validation_steps,
         batch_size=min(config.batch_size, seen.subjects), generator=generator, flow_config=config.flow, max_grad_norm=config.max_grad_norm,
     )  # fmt: skip
     for _ in learning:
@@ -210,20 +212,8 @@ def _validate(base: Base, heads: Adapter, unseen: tuple[TrainingSet, TrainingSet
     return sum(losses) / (len(rest) * VALIDATION_DRAWS)
 
 
-def _moments(of_down: torch.optim.Optimizer, heads: Adapter) -> dict[str, Tensor]:
-    """The optimiser's memory of Down, by layer."""
-    return {f"{key}.{name}": value.detach().cpu() for name, layer in heads.layers.items() for key, value in of_down.state[layer.down].items()}
-
-
-def _load_moments(of_down: torch.optim.Optimizer, heads: Adapter, moments: dict[str, Tensor]) -> None:
-    for name, layer in heads.layers.items():
-        of_this = {key: moments[f"{key}.{name}"].clone().to(layer.down.device) for key in ("step", "exp_avg", "exp_avg_sq") if moments}
-        if of_this:
-            of_down.state[layer.down] = of_this
-
-
 def _save(checkpoint: Path, state: _State, stamp: dict[str, str]) -> None:
-    tensors = {f"down.{name}": t for name, t in state.downs.items()} | {f"moment.{name}": t for name, t in state.moments.items()}
+    tensors = {f"down.{name}": t for name, t in state.downs.items()} | {f"moment.{key}": t for key, t in state.moments.items()}
     tensors |= {f"start.{part}.{name}": t for name, pair in state.start.items() for part, t in zip(("mid", "up"), pair)}
     save_tensors(checkpoint, tensors, {**stamp, "round": str(state.round)})
 

@@ -47,6 +47,11 @@ class Plan:
     checkpointing: bool = False  # a training step keeps the input of each block only, and computes the rest again
     folds: bool = False  # while people are drawn they are in the weights, and a copy of the adapted layers' weights lies beside
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in, whatever the weights are kept in."""
+        return torch.float32 if self.precision == "float32" else torch.bfloat16
+
 
 # The fastest first. Bits are given up last of all, and moving the transformer for every prompt is worse than that.
 PLANS = (

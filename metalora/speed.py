@@ -51,7 +51,7 @@ def meta_lora(base: Base, data: TrainingSet, case: Case, checkpointing: bool = F
     with _checkpointing(base.transformer, checkpointing), attach(base.transformer, downs, shape, case.people) as adapter:
         adapter.start(generator)
         yield fit(
-            base, adapter, data, [optimizer(list(trainable(adapter)), base.settings.adapt.learning_rate)], steps=sys.maxsize,
+            base, adapter, data, [optimizer([(list(trainable(adapter)), base.settings.adapt.learning_rate)])], steps=sys.maxsize,
             batch_size=case.batch, generator=torch.Generator().manual_seed(1), flow_config=FlowConfig(), max_grad_norm=1.0,
             recorded=recorded,
         )  # fmt: skip

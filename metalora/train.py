@@ -91,17 +91,35 @@ class Averages:
             self.swap()
 
 
-def optimizer(parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW in its fused form: one call updates the many small factors."""
-    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+def end_to_end(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    """One parameter (n,) that holds these, of which they and their gradients become views.
+
+    What is done with all of them, clipping, a step, an average, is then done with one tensor, however many layers there are. The gradient
+    stays where it is: clear it in place.
+    """
+    whole = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+    whole.grad = torch.zeros_like(whole)
+    sizes = [p.numel() for p in parameters]
+    for p, value, grad in zip(parameters, whole.detach().split(sizes), whole.grad.split(sizes)):
+        p.data, p.grad = value.view_as(p), grad.view_as(p)
+    return whole
+
+
+def optimizer(groups: Sequence[tuple[Sequence[nn.Parameter], float]], weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW over groups of parameters with their learning rates, the parameters of each group end to end."""
+    return torch.optim.AdamW([{"params": [end_to_end(group)], "lr": rate} for group, rate in groups if group], weight_decay=weight_decay, fused=True)
+
+
+def wholes(optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
+    """What these optimisers step, a tensor a group."""
+    return [p for o in optimizers for group in o.param_groups for p in group["params"]]
 
 
 def two_rates(adapter: Adapter, learning_rate: float, weight_decay: float, up_rate: float) -> torch.optim.AdamW:
-    """The same over all of the adapter's open factors, Up at `up_rate` times the rate of the others [LoRA+, arXiv 2402.12354]."""
+    """AdamW over all of the adapter's open factors, Up at `up_rate` times the rate of the others [LoRA+, arXiv 2402.12354]."""
     ups = {id(p) for p in adapter.ups()}
-    rates = ((False, learning_rate), (True, up_rate * learning_rate))
-    groups = [{"params": [p for p in trainable(adapter) if (id(p) in ups) == up], "lr": rate} for up, rate in rates]
-    return optimizer(groups, learning_rate, weight_decay)
+    split = [[p for p in trainable(adapter) if (id(p) in ups) == up] for up in (False, True)]
+    return optimizer([(split[0], learning_rate), (split[1], up_rate * learning_rate)], weight_decay)
 
 
 def warmup(steps: int) -> Callable[[int], float]:
@@ -193,10 +211,10 @@ def fit(
     With a `share` every process works on its rows of each batch, and gradients are summed: all take the same steps.
     Raises MetaLoraError where the loss is no longer a number.
     """
-    parameters = list(trainable(adapter))
+    parameters = wholes(optimizers)
     full = [group["lr"] for o in optimizers for group in o.param_groups]
     batches = draw_rows(data, batch_size, generator)
-    gradients = _Gradients(base, adapter, data, recorded and base.device.type == "cuda")
+    gradients = _Gradients(base, adapter, data, parameters, recorded and base.device.type == "cuda")
     late, unread = base.device.type == "cuda" if late is None else late, None
     try:
         for step in range(steps):
@@ -209,7 +227,6 @@ def fit(
                 group["lr"] = lr * rate(step)
             for o in optimizers:
                 o.step()
-                o.zero_grad()
             yield _read(value if unread is None else unread) if loss is None else loss
             unread = value
         if late and unread is not None:
@@ -246,9 +263,9 @@ def sum_over_processes(parameters: Sequence[nn.Parameter], loss: Tensor | None =
 class _Gradients:
     """The loss () of a step, its gradients left with the parameters; a step that the memory does not do for is done again."""
 
-    def __init__(self, base: Base, adapter: Adapter, data: TrainingSet, recorded: bool):
-        self.base, self.adapter, self.data = base, adapter, data
-        self.recorded = Recorded(self._work, list(trainable(adapter))) if recorded else None
+    def __init__(self, base: Base, adapter: Adapter, data: TrainingSet, parameters: Sequence[nn.Parameter], recorded: bool):
+        self.base, self.adapter, self.data, self.parameters = base, adapter, data, parameters
+        self.recorded = Recorded(self._work) if recorded else None
 
     def __call__(self, drawn: Drawn) -> Tensor:
         return self.base.persevere(partial(self._step, drawn), self._again)
@@ -258,6 +275,8 @@ class _Gradients:
 
     def _work(self, inputs: Sequence[Tensor]) -> Tensor:
         drawn = Drawn(*inputs)
+        for p in self.parameters:
+            p.grad.zero_()
         self.adapter.use_rows(self.data.subject[drawn.rows] if self.adapter.count > 1 else None)
         with _repeatable(self.base.device):
             loss = loss_of(self.base, self.data, drawn)
@@ -267,8 +286,6 @@ class _Gradients:
     def _again(self) -> None:
         if self.recorded:
             self.recorded.forget()
-        for p in trainable(self.adapter):
-            p.grad = None
         if self.base.transformer is not self.adapter.transformer:
             self.adapter.move_to(self.base.transformer)
 

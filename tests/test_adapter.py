@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from metalora import MetaLoraError
-from metalora.adapter import Route, ThreeFactorLinear, attach, attach_plain, collapse, find_targets, random_downs
+from metalora.adapter import Route, ThreeFactorLinear, _Sum, attach, attach_plain, collapse, find_targets, random_downs
 from metalora.config import AdapterConfig
 
 from .conftest import make_meta_down, state_hash
@@ -55,6 +55,24 @@ def test_a_mixed_batch_equals_each_subject_alone(d_in, d_out, rank, count, flat,
     got = layer(x)
     torch.testing.assert_close(got, expected)
     for one, other in zip(torch.autograd.grad(got.square().sum(), [layer.mid, layer.up, layer.down]), wanted):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("quantised", [False, True])  # then what the base makes of x is given, and its gradient is the base's own
+@pytest.mark.parametrize("keep_input", [False, True])
+@settings(max_examples=15, deadline=None)
+@given(people=st.integers(1, 3), rank=st.integers(1, 3), scale=st.sampled_from([1.0, 0.5]))
+def test_gradients_are_those_that_autograd_finds(quantised, keep_input, people, rank, scale):
+    g = torch.Generator().manual_seed(people + rank)
+    shapes = {"x": (6, 2, 5), "down": (4, 5), "mid": (people, rank, 4), "up": (people, 7, rank)}
+    x, down, mid, up = given = [torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=name != "down" or keep_input) for name, shape in shapes.items()]
+    base = nn.Linear(5, 7, dtype=torch.float64).requires_grad_(False)
+    low = x.reshape(people, -1, 5) @ down.T @ mid.transpose(1, 2) @ up.transpose(1, 2)
+    wanted = base(x) + scale * low.view(6, 2, 7)
+    got = _Sum.apply(x, base(x) if quantised else None, *((None, None) if quantised else (base.weight, base.bias)), down, mid, up, scale, keep_input)
+    torch.testing.assert_close(got, wanted)
+    learn = [t for t in given if t.requires_grad]
+    for one, other in zip(*(torch.autograd.grad(y.square().sum(), learn) for y in (got, wanted))):
         torch.testing.assert_close(one, other)
 
 

@@ -44,7 +44,7 @@ def test_an_ordinary_lora_learns_along_the_same_curve_as_peft_s(base):
     with attach_plain(base.transformer, shape, torch.Generator().manual_seed(3)) as adapter:
         start = adapter.down_tensors()
         ours = list(fit(
-            base, adapter, data, [optimizer(list(trainable(adapter)), 1e-4, weight_decay=0.01)], steps=steps, batch_size=case.batch,
+            base, adapter, data, [optimizer([(list(trainable(adapter)), 1e-4)], weight_decay=0.01)], steps=steps, batch_size=case.batch,
             generator=torch.Generator().manual_seed(1), flow_config=FlowConfig(), max_grad_norm=1.0,
         ))  # fmt: skip
     with speed.peft_lora(base, data, case) as losses:

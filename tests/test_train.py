@@ -143,7 +143,7 @@ def test_the_mask_is_cut_as_the_photo_is_and_counts_the_face_in_full(left, top, 
 def test_a_loss_that_is_no_number_is_a_sentence(base, photo, meta_down):
     broken = replace(photo, mean=photo.mean * float("nan"))
     with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter, pytest.raises(MetaLoraError, match="astray"):
-        next(fit(base, adapter, broken, [optimizer(adapter.heads(), 0.1)], steps=1, batch_size=1,
+        next(fit(base, adapter, broken, [optimizer([(adapter.heads(), 0.1)])], steps=1, batch_size=1,
                  generator=torch.Generator(), flow_config=FlowConfig(), max_grad_norm=1.0))  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def test_losses_that_are_read_late_are_the_same_losses(base, photo, meta_down, s
     def losses(late, data=photo):
         with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter:
             adapter.start(torch.Generator().manual_seed(0))
-            found = list(fit(base, adapter, data, [optimizer(adapter.heads(), 0.05)], steps=steps, batch_size=2, late=late,
+            found = list(fit(base, adapter, data, [optimizer([(adapter.heads(), 0.05)])], steps=steps, batch_size=2, late=late,
                              generator=torch.Generator().manual_seed(1), flow_config=FlowConfig(), max_grad_norm=1.0))  # fmt: skip
             return found, adapter.factors()
 

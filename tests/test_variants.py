@@ -116,9 +116,10 @@ def test_every_resident_identity_gets_the_start(base, started):
 @pytest.mark.parametrize("up_rate", [1.0, 4.0])
 def test_up_alone_has_the_other_rate(base, meta_down, up_rate):
     with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter:
-        groups = two_rates(adapter, 0.5, 0.0, up_rate).param_groups
-        assert [g["lr"] for g in groups] == [0.5, 0.5 * up_rate]
-        assert [id(p) for p in groups[1]["params"]] == [id(p) for p in adapter.ups()] and sum(len(g["params"]) for g in groups) == len(adapter.heads())
+        mids, ups = two_rates(adapter, 0.5, 0.0, up_rate).param_groups
+        assert (mids["lr"], ups["lr"]) == (0.5, 0.5 * up_rate)
+        mids["params"][0].data.fill_(2), ups["params"][0].grad.fill_(3)  # what happens to a whole happens to the layers' factors
+        assert all((layer.mid == 2).all() and (layer.up == 0).all() and (layer.up.grad == 3).all() for layer in adapter.layers.values())
 
 
 def test_a_larger_scale_is_a_larger_rate_of_up(base, photo, meta_down, config):
