@@ -95,7 +95,7 @@ def end_to_end(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
     """One parameter (n,) that holds these, of which they and their gradients become views.
 
     What is done with all of them, clipping, a step, an average, is then done with one tensor, however many layers there are. The gradient
-    stays where it is: clear it in place.
+    stays where it is: clear it in place, and do not move the parameters to another device.
     """
     whole = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
     whole.grad = torch.zeros_like(whole)

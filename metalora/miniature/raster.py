@@ -5,10 +5,12 @@ nearest triangle of a pixel wins a scatter-minimum over packed keys. So the work
 the boxes around the triangles, which for strands of hair are sixty times as large.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-_AT_ONCE = 300_000  # triangles
+_AT_ONCE = {"cpu": 20_000, "cuda": 300_000}  # triangles; what is worked out for a CPU's stays in its cache
 _SLACK = 1e-4  # px by which rows are longer, so that rounding leaves no hole between neighbours
 _EMPTY = torch.iinfo(torch.int64).max
 _DEPTH_STEPS = 1_000_000  # per metre: a micrometre
@@ -36,50 +38,55 @@ def rasterize(points: Tensor, picture: Tensor, pictures: int, size: int, two_sid
     high = (points[..., :2].amax(1) - 0.5).floor().clamp(max=size - 1).long()
     seen = ((high >= low).all(1)) & (points[..., 2] > 0).all(1) & (two_sided | (area < 0)) & (area.abs() > 1e-9)
     keys = torch.full((pictures * size * size,), _EMPTY, dtype=torch.int64, device=points.device)
-    for part in seen.nonzero()[:, 0].split(_AT_ONCE):
-        triangle, x, y = _pixels(planes[part], low[part], high[part])
-        w0, w1 = (planes[part][triangle, k] for k in (0, 1))
-        across, down = x + 0.5, y + 0.5
-        w0, w1 = (w[:, 0] * across + w[:, 1] * down + w[:, 2] for w in (w0, w1))
-        triangle = part[triangle]
-        z = points[triangle][..., 2]
-        depth = z[:, 2] + w0 * (z[:, 0] - z[:, 2]) + w1 * (z[:, 1] - z[:, 2])
-        pixel = (picture[triangle] * size + y) * size + x
-        keys.scatter_reduce_(0, pixel, ((depth * _DEPTH_STEPS).long() << 32) | triangle, "amin")
+    for part in seen.nonzero()[:, 0].split(_AT_ONCE[points.device.type]):
+        own = planes[part]
+        third = torch.tensor([0.0, 0.0, 1.0], device=points.device) - own.sum(1, keepdim=True)
+        weights = torch.cat([own, third], 1).permute(1, 2, 0).contiguous()  # (3, 3, n)
+        triangle, x, y = _pixels(weights, low[part].T.contiguous(), high[part].T.contiguous())
+        of = partial(torch.index_select, dim=0, index=triangle)
+        first, second = (_along(of(a), x, of(b), y, of(c)) for a, b, c in weights[:2])
+        z0, z1, z2 = points[part, :, 2].unbind(1)
+        depth = of(z2) + first * of(z0 - z2) + second * of(z1 - z2)
+        pixel = (of(picture[part]) * size + y) * size + x
+        keys.scatter_reduce_(0, pixel, ((depth * _DEPTH_STEPS).long() << 32) | of(part), "amin")
     empty = keys == _EMPTY
     index = torch.where(empty, -1, keys & 0xFFFFFFFF).view(pictures, size, size)
     depth = torch.where(empty, torch.inf, (keys >> 32).float() / _DEPTH_STEPS).view(pictures, size, size)
     return index, depth
 
 
-def _pixels(planes: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _along(a: Tensor, x: Tensor, b: Tensor, y: Tensor, c: Tensor) -> Tensor:
+    """a x + b y + c at the centres of the pixels x, y; a is overwritten, as is b."""
+    return a.mul_(x + 0.5).add_(b.mul_(y + 0.5)).add_(c)
+
+
+def _pixels(weights: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The pixels whose centres lie in the triangles, as three equal lists: which triangle, x, y.
 
-    planes: (n, 2, 3) as `_edges` gives them; low, high: (n, 2) the first and last pixel of each in x and y.
+    weights: (3, 3, n) each corner's as a plane over the picture; low, high: (2, n) the first and last pixel of each in x and y.
     """
-    triangle, row = _enumerate(high[:, 1] - low[:, 1] + 1)
-    y = low[triangle, 1] + row
-    third = torch.tensor([0.0, 0.0, 1.0], device=planes.device) - planes.sum(1)
-    slope, at_zero = [], []
-    for plane in (planes[:, 0], planes[:, 1], third):
-        slope.append(plane[triangle, 0])
-        at_zero.append(plane[triangle, 1] * (y + 0.5) + plane[triangle, 2])
-    slope, at_zero = torch.stack(slope), torch.stack(at_zero)  # (3, rows): a weight along the row is slope x + at_zero
-    root = -at_zero / slope
-    begin = torch.where(slope > 0, root, -torch.inf).amax(0) - _SLACK
-    end = torch.where(slope < 0, root, torch.inf).amin(0) + _SLACK
-    outside = ((slope == 0) & (at_zero < 0)).any(0)
-    first = torch.maximum((begin - 0.5).ceil(), low[triangle, 0].float())
-    last = torch.minimum((end - 0.5).floor(), high[triangle, 0].float())
+    rows = high[1] - low[1] + 1
+    triangle = torch.repeat_interleave(rows)
+    of = partial(torch.index_select, dim=0, index=triangle)
+    y = torch.arange(len(triangle), device=rows.device) + of(low[1] - _before(rows))
+    begin = end = outside = None
+    for a, b, c in weights:  # along the row a weight is slope x + at_zero
+        slope, at_zero = of(a), of(b).mul_(y + 0.5).add_(of(c))
+        root = -at_zero / slope
+        left, right = torch.where(slope > 0, root, -torch.inf), torch.where(slope < 0, root, torch.inf)
+        never = (slope == 0) & (at_zero < 0)
+        begin, end, outside = (left, right, never) if begin is None else (torch.maximum(begin, left), torch.minimum(end, right), outside | never)
+    first = torch.maximum((begin - _SLACK - 0.5).ceil_(), of(low[0].float()))
+    last = torch.minimum((end + _SLACK - 0.5).floor_(), of(high[0].float()))
     count = torch.where(outside, 0.0, (last - first + 1).clamp(min=0)).long()
-    of_row, column = _enumerate(count)
-    return triangle[of_row], first[of_row].long() + column, y[of_row]
+    row = torch.repeat_interleave(count)
+    x = torch.arange(len(row), device=rows.device) + (first.long() - _before(count))[row]
+    return triangle[row], x, y[row]
 
 
-def _enumerate(count: Tensor) -> tuple[Tensor, Tensor]:
-    """For groups of so many members (n,): of each member the group and its number in it."""
-    group = torch.repeat_interleave(count)
-    return group, torch.arange(len(group), device=count.device) - (count.cumsum(0) - count)[group]
+def _before(count: Tensor) -> Tensor:
+    """How many members all earlier groups have, for groups of so many (n,)."""
+    return count.cumsum(0) - count
 
 
 def barycentric(points: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
