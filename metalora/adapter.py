@@ -100,9 +100,9 @@ class _Sum(torch.autograd.Function):
         low, weight, down, mid, a, up, inner = ctx.saved_tensors
         of_x, of_y, _, _, of_down, *_ = ctx.needs_input_grad
         parts = grad.reshape(len(mid), -1, grad.shape[-1])
-        scaled = parts if ctx.scale == 1 else ctx.scale * parts
-        d_up = torch.bmm(scaled.transpose(1, 2), inner)
-        d_inner = torch.bmm(scaled, up)  # (n, tokens, r)
+        d_up, d_inner = torch.bmm(parts.transpose(1, 2), inner), torch.bmm(parts, up)  # (n, d_out, r), (n, tokens, r)
+        if ctx.scale != 1:
+            d_up, d_inner = ctx.scale * d_up, ctx.scale * d_inner
         d_low = torch.bmm(d_inner.transpose(1, 2), low)  # of A = Mid · Down where the input was kept, or else of Mid
         d_mid = d_low @ down.T if ctx.keep_input else d_low
         d_down = (mid.transpose(1, 2) @ d_low.to(mid.dtype)).sum(0) if of_down else None
