@@ -42,6 +42,11 @@ def rotation(yaw: float, pitch: float, roll: float) -> Tensor:
     return about_z @ about_x @ about_y
 
 
+def turn(by: Tensor, points: Tensor, picture: Tensor) -> Tensor:
+    """The points (n, 3) times the matrix (3, 3) of their picture, which they come in the order of. A matrix a point would take longer to read."""
+    return torch.cat([part @ matrix.T for part, matrix in zip(points.split(picture.bincount(minlength=len(by)).tolist()), by)])
+
+
 class Stage:
     """The posed geometry of a batch in one list of vertices and one of triangles."""
 
@@ -109,8 +114,6 @@ class Stage:
         pivot = torch.tensor(PIVOT, device=self.device)
         turn_head = torch.stack([rotation(v.yaw * 0.62, v.pitch, v.roll) for _, v in self.pairs]).to(self.device)
         turn_body = torch.stack([rotation(v.yaw * 0.38, 0, 0) for _, v in self.pairs]).to(self.device)
-        def turn(by, points, k):  # picture by picture: a matrix for every point would be read for every point
-            return torch.cat([part @ matrix.T for part, matrix in zip(points.split(k.bincount(minlength=len(by)).tolist()), by)])
         def pose(p, w, k):
             turned = turn(turn_head, p - pivot, k) + pivot
             return turn(turn_body, p + w[:, None] * (turned - p), k)
@@ -169,10 +172,10 @@ def _shadows(stage: Stage, palette: shade.Palette, position: Tensor, normal: Ten
     right = torch.nn.functional.normalize(torch.linalg.cross(torch.tensor([[0.0, 0, 1]], device=stage.device).expand(n, 3), towards), dim=1)
     upward = torch.linalg.cross(towards, right)
     centre = torch.tensor([0.0, -0.03, 0.66], device=stage.device)
+    axes = torch.stack([right, upward, towards], 1)
     def look(points, k):
-        offset = points - centre
-        flat = [((offset * axis[k]).sum(1) / SHADOW_REACH * 0.5 + 0.5) * SHADOW_SIZE for axis in (right, upward)]
-        return torch.stack([*flat, 2.0 - (offset * towards[k]).sum(1)], 1)
+        x, y, near = turn(axes, points - centre, k).unbind(1)
+        return torch.stack([(x / SHADOW_REACH * 0.5 + 0.5) * SHADOW_SIZE, (y / SHADOW_REACH * 0.5 + 0.5) * SHADOW_SIZE, 2.0 - near], 1)
     solid = stage.material != shade.GLASSES
     seen = look(stage.points, stage.owner)[stage.triangles[solid]]
     _, depth = rasterize(seen, stage.picture[solid], n, SHADOW_SIZE, torch.ones(len(seen), dtype=torch.bool, device=stage.device))
