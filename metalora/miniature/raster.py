@@ -44,7 +44,8 @@ def rasterize(points: Tensor, picture: Tensor, pictures: int, size: int, two_sid
         weights = torch.cat([own, third], 1).permute(1, 2, 0).contiguous()  # (3, 3, n)
         triangle, x, y = _pixels(weights, low[part].T.contiguous(), high[part].T.contiguous())
         of = partial(torch.index_select, dim=0, index=triangle)
-        first, second = (_along(of(a), x, of(b), y, of(c)) for a, b, c in weights[:2])
+        across, down = x + 0.5, y + 0.5
+        first, second = (of(a).mul_(across).add_(of(b).mul_(down)).add_(of(c)) for a, b, c in weights[:2])
         z0, z1, z2 = points[part, :, 2].unbind(1)
         depth = of(z2) + first * of(z0 - z2) + second * of(z1 - z2)
         pixel = (of(picture[part]) * size + y) * size + x
@@ -53,11 +54,6 @@ def rasterize(points: Tensor, picture: Tensor, pictures: int, size: int, two_sid
     index = torch.where(empty, -1, keys & 0xFFFFFFFF).view(pictures, size, size)
     depth = torch.where(empty, torch.inf, (keys >> 32).float() / _DEPTH_STEPS).view(pictures, size, size)
     return index, depth
-
-
-def _along(a: Tensor, x: Tensor, b: Tensor, y: Tensor, c: Tensor) -> Tensor:
-    """a x + b y + c at the centres of the pixels x, y; a is overwritten, as is b."""
-    return a.mul_(x + 0.5).add_(b.mul_(y + 0.5)).add_(c)
 
 
 def _pixels(weights: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,9 +65,9 @@ def _pixels(weights: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor,
     triangle = torch.repeat_interleave(rows)
     of = partial(torch.index_select, dim=0, index=triangle)
     y = torch.arange(len(triangle), device=rows.device) + of(low[1] - _before(rows))
-    begin = end = outside = None
+    begin, end, outside, down = None, None, None, y + 0.5
     for a, b, c in weights:  # along the row a weight is slope x + at_zero
-        slope, at_zero = of(a), of(b).mul_(y + 0.5).add_(of(c))
+        slope, at_zero = of(a), of(b).mul_(down).add_(of(c))
         root = -at_zero / slope
         left, right = torch.where(slope > 0, root, -torch.inf), torch.where(slope < 0, root, torch.inf)
         never = (slope == 0) & (at_zero < 0)
