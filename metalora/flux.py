@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import BaseSettings
 from .family import Family, Kohya, Latents, Text, Vectors
+from .rotary import turned_norms
 
 # Components of FLUX.1-dev: the defaults of diffusers' FluxTransformer2DModel and, as public in their repositories on the Hub, the
 # configs of its VAE, of openai/clip-vit-large-patch14 (text) and of google/t5-v1_1-xxl.
@@ -105,6 +107,9 @@ class Flux(Family):
             img_ids=image_ids,
             return_dict=False,
         )[0]
+
+    def hastened(self, transformer: nn.Module) -> AbstractContextManager:
+        return turned_norms(transformer)
 
     def numbers_of_texts(self, networks: Mapping[str, Any], prompts: int, tokens: int) -> float:
         """T5 holds its attention's bias and scores, and the three maps of a feed-forward."""

@@ -217,20 +217,21 @@ def fit(
     gradients = _Gradients(base, adapter, data, parameters, recorded and base.device.type == "cuda")
     late, unread = base.device.type == "cuda" if late is None else late, None
     try:
-        for step in range(steps):
-            value = gradients(draw(data, next(batches), generator, flow_config, share))
-            if share.world > 1:
-                value = sum_over_processes(parameters, value)
-            loss = None if late else _read(value)
-            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-            for group, lr in zip((g for o in optimizers for g in o.param_groups), full):
-                group["lr"] = lr * rate(step)
-            for o in optimizers:
-                o.step()
-            yield _read(value if unread is None else unread) if loss is None else loss
-            unread = value
-        if late and unread is not None:
-            _read(unread)
+        with base.hastened():
+            for step in range(steps):
+                value = gradients(draw(data, next(batches), generator, flow_config, share))
+                if share.world > 1:
+                    value = sum_over_processes(parameters, value)
+                loss = None if late else _read(value)
+                nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+                for group, lr in zip((g for o in optimizers for g in o.param_groups), full):
+                    group["lr"] = lr * rate(step)
+                for o in optimizers:
+                    o.step()
+                yield _read(value if unread is None else unread) if loss is None else loss
+                unread = value
+            if late and unread is not None:
+                _read(unread)
     finally:
         adapter.use_rows(None)
         for group, lr in zip((g for o in optimizers for g in o.param_groups), full):

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "metalora"
 FLOORS = [
     {"errors"},
     {"config", "licence"},
-    {"flow", "graph", "frozen", "family", "adapter", "fold", "files", "photo", "face", "clip"},
+    {"flow", "graph", "frozen", "rotary", "family", "adapter", "fold", "files", "photo", "face", "clip"},
     {"predict"},
     {"flux", "flux2", "data", "metadown", "prompts", "degrade", "processes", "dino"},
     {"families"},

@@ -1,0 +1,74 @@
+"""Norm and rotary embedding in one operation: what diffusers' own give, there and back, and nothing of it left afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from metalora.adapter import attach
+from metalora.rotary import TurnedNorm, turned_norms
+
+
+pytestmark = pytest.mark.one_family  # it is of FLUX.1
+
+
+@pytest.fixture
+def uneven(base):
+    """The base with norms whose weights are not all one."""
+    norms = [m for m in base.transformer.modules() if isinstance(m, torch.nn.RMSNorm)]
+    before = [norm.weight.detach().clone() for norm in norms]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.copy_(torch.rand(norm.weight.shape, generator=torch.Generator().manual_seed(0)) + 0.5)
+    yield base
+    with torch.no_grad():
+        for norm, weight in zip(norms, before):
+            norm.weight.copy_(weight)
+
+
+def learnt(base, photo, meta_down):
+    """The output, and the gradient of every factor, of three pictures."""
+    with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter:
+        for p in adapter.heads():
+            p.data = 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        text = photo.text.rows(photo.caption[:3])
+        y = base.velocity(photo.mean[:3], torch.tensor([0.2, 0.5, 0.9]), text, photo.image_ids, 1.0)
+        y.square().mean().backward()
+        return [y.detach(), *(p.grad for p in adapter.heads())]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_outputs_and_gradients_are_those_of_diffusers(uneven, photo, meta_down, checkpointing):
+    wanted = learnt(uneven, photo, meta_down)
+    if checkpointing:
+        uneven.transformer.enable_gradient_checkpointing()
+    try:
+        with turned_norms(uneven.transformer):
+            got = learnt(uneven, photo, meta_down)
+    finally:
+        uneven.transformer.disable_gradient_checkpointing()
+    assert all(g.abs().max() > 0 for g in wanted)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_positions_that_change_are_worked_out_anew(base, photo):
+    def forward(ids):
+        with torch.no_grad():
+            return base.velocity(photo.mean[:1], torch.full((1,), 0.5), photo.text.rows(photo.caption[:1]), ids, 1.0)
+
+    ways = photo.image_ids, 3 * photo.image_ids, photo.image_ids
+    wanted = [forward(ids) for ids in ways]
+    with turned_norms(base.transformer):
+        got = [forward(ids) for ids in ways]
+    assert not torch.allclose(wanted[0], wanted[1], atol=1e-3)
+    for one, other in zip(got, wanted):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_afterwards_all_is_as_it_was(base):
+    before = dict(base.transformer.named_modules())
+    with pytest.raises(KeyError), turned_norms(base.transformer), turned_norms(base.transformer):
+        assert sum(isinstance(m, TurnedNorm) for m in base.transformer.modules()) == sum(isinstance(m, torch.nn.RMSNorm) for m in before.values())
+        raise KeyError
+    assert dict(base.transformer.named_modules()) == before
