@@ -67,11 +67,12 @@ def adapt(
     """
     meta_down.check_base(base.name, base.fingerprint)
     generator = torch.Generator().manual_seed(config.seed)
-    shape = _shape(base, meta_down.adapter, config)
+    shape = replace(_shape(base, meta_down.adapter, config), rank=config.rank or meta_down.adapter.rank)
+    start = meta_down.start_for(face, config.start_face) if shape.rank == meta_down.adapter.rank else {}
     downs = {name: meta_down.tensors[name] for name in find_targets(base.transformer, shape.targets)} if config.skip_blocks else meta_down.tensors
     with attach(base.transformer, downs, shape) as adapter, base.resident("transformer"):
         adapter.start(generator)
-        adapter.start_at(meta_down.start_for(face, config.start_face), config.start_mid, config.start_up)
+        adapter.start_at(start, config.start_mid, config.start_up)
         learnt = partial(_identity, base, adapter, config, meta_down.domain, meta_down=meta_down.name, meta_down_sha256=meta_down.sha256)
         return (yield from _steps(base, adapter, data, config, generator, learnt, preview, preview_every))
 

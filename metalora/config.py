@@ -64,6 +64,7 @@ class AdaptConfig:
     scale: float = 1.0
     # The person is the moving average over steps of this decay, 0: the last step [Polyak's averaging; a batch of few draws makes steps noisy].
     ema: float = 0.0
+    rank: int = 0  # of the person; 0: the Meta-Down's. Another begins with a fresh Mid and Up, since a learnt start is of the Meta-Down's rank
     skip_blocks: float = 0.0  # share of the transformer's blocks, from the input on, that are left as they are
     # Pictures that the base itself makes of others of the class, learnt along under the person's words, but for the face: prompts keep
     # what they mean. [Ours, after the prior preservation of DreamBooth, arXiv 2208.12242, section 3.2, which learns them whole and under other words]
@@ -91,6 +92,7 @@ class MetaConfig:
     background: float = 1.0  # how much what lies outside the largest face counts in the loss; in stage 2 see AdaptConfig
     flow: FlowConfig = field(default_factory=FlowConfig)
     seed: int = 0
+    direction_people: int = 0  # at the leading directions of whose gradients Down begins (see directions.py); 0: at random
     start_rate: float = 0.0  # how far the start goes towards the mean of each bucket's heads; 0: none is learnt
     predict_rank: int = 0  # directions of the start that faces tell; 0: no predictor is fitted
     predict_steps: int = 200  # that every bucket of people learns, with Down held, for the predictor to be fitted on

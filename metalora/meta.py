@@ -4,6 +4,8 @@ Only a bucket of subjects is resident at a time, each with its own fresh Mid and
 that untrained heads send no noise into Down; then all three train. A batch mixes subjects. Mid and Up are thrown away, Down
 goes on to the next bucket and is what is kept. [paper: buckets, warm-up, mixed batches; ours: the schedule]
 
+With `direction_people` above 0 Down does not begin at random, but where the gradients of so many subjects point; see directions.py.
+
 With `start_rate` above 0 Mid and Up leave something behind, too [ours, beyond the paper]: one start for all, from which every
 subject of every bucket sets out, and which afterwards goes a part of the way towards the mean of where they came to. That is
 Reptile [arXiv 1803.02999, section 2; a bucket is a meta-batch]. A mean of heads that began at different random places would be
@@ -31,6 +33,7 @@ from .base import Base
 from .cache import TrainingSet, encode, face_mask, mirrored, to_tensor, to_weights
 from .config import SETTINGS_FILE, AdapterConfig, MetaConfig
 from .data import Item, Subject, kept_out
+from .directions import leading_directions
 from .errors import MetaLoraError
 from .face import FaceFinder
 from .files import load_tensors, save_tensors
@@ -81,9 +84,14 @@ def meta_train(
     if config.predict_rank and faces is None:
         raise MetaLoraError("A predictor is fitted on faces, and none are given; leave meta.predict_rank at 0.")
     stamp = {"moments": "end to end", "config": repr(replace(config, rounds=0, predict_rank=0, predict_steps=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
-    state = _resume(checkpoint, stamp) or _begin(base, shape, config)
     buckets = -(-subjects // size) if config.predict_rank else 0
-    clock = Clock(config.rounds * config.bucket_steps + buckets * config.predict_steps, state.round * config.bucket_steps)
+    first = _members(subjects, min(config.direction_people, subjects), 0, config.seed)
+    clock = Clock(len(first) + config.rounds * config.bucket_steps + buckets * config.predict_steps)
+    state = _resume(checkpoint, stamp)
+    if state:
+        clock.skip(len(first) + state.round * config.bucket_steps)
+    else:
+        state = yield from _begin(base, shape, config, first, bucket, share, clock)
     with attach(base.transformer, state.downs, shape, size) as heads, base.resident("transformer"):
         for number in range(state.round, config.rounds):
             data = bucket(_members(subjects, size, number, config.seed)).to(base.device, base.dtype)
@@ -111,11 +119,17 @@ def meta_train(
     return replace(found, training=summary, predictor=predictor)
 
 
-def _begin(base: Base, shape: AdapterConfig, config: MetaConfig) -> _State:
-    downs = random_downs(base.transformer, shape, torch.Generator().manual_seed(config.seed))
+def _begin(
+    base: Base, shape: AdapterConfig, config: MetaConfig, first: Sequence[int], bucket: Bucket, share: Share, clock: Clock
+) -> Generator[StepReport, None, _State]:  # fmt: skip
+    """Down at the leading directions of the `first` people, or at random, and the start that any person has, the same for all."""
+    if first:
+        downs = yield from leading_directions(base, first, bucket, shape, config.flow, config.seed, clock, share)
+    else:
+        downs = random_downs(base.transformer, shape, torch.Generator().manual_seed(config.seed))
     if config.start_rate == 0:
         return _State(downs, {})
-    with attach(base.transformer, downs, shape) as one:  # the first start is that of any person, the same for all
+    with attach(base.transformer, downs, shape) as one:
         one.start(torch.Generator().manual_seed(hash((config.seed, 3)) % 2**63))
         return _State(downs, {}, start=one.factors())
 

@@ -89,7 +89,7 @@ def _check(personalizer: Personalizer, by_file: dict[str, Subject], folder: Path
             continue
         wanted = {
             "base_fingerprint": base.fingerprint, "meta_down_sha256": down.sha256 if down else "", "domain": subject.domain,
-            "rank": down.adapter.rank if down else base.settings.plain_rank, "trigger": base.settings.trigger, "steps": steps, "seed": seed,
+            "rank": personalizer.adapt_config.rank or down.adapter.rank if down else base.settings.plain_rank, "trigger": base.settings.trigger, "steps": steps, "seed": seed,
         }  # fmt: skip
         found = Identity.load(folder / name)
         other = [key for key, value in wanted.items() if getattr(found, key) != value]

@@ -18,6 +18,7 @@ FLOORS = [
     {"base"},
     {"cache", "foreign"},
     {"train", "score", "webreport", "methods", "peer"},
+    {"directions"},
     {"adapt", "meta", "generate"},
     {"personalizer", "report"},
     {"evaluate", "people"},

@@ -1,0 +1,62 @@
+"""Where stage 1 may begin: at the directions in which the gradients of many people point. [Ours, beyond the paper]
+
+The gradient of a layer's weights is a sum over tokens of g xᵀ, so its rows lie where the inputs lie that tell people apart. Were Mid and Up
+free, an adapter with these rows' leading right singular vectors as Down would lose least of the gradients of all people together.
+No gradient of W is ever made: with Down zero, which changes nothing, Mid the identity and a random Up, that of Down is Upᵀ · g xᵀ, a
+sketch of it [after the randomised range finder of arXiv 0909.4061, section 4], and singular vectors are kept up to date person by person.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .adapter import attach, find_targets
+from .base import Base
+from .cache import TrainingSet
+from .config import AdapterConfig, FlowConfig
+from .train import Clock, Share, StepReport, end_to_end, flow_loss, sum_over_processes
+
+DRAWS = 32  # of a picture, noise and noise level, for each person
+KEPT = 2  # times the rank: directions that are kept on the way, so that few are lost
+
+
+def leading_directions(
+    base: Base, people: Sequence[int], bucket: Callable[[Sequence[int]], TrainingSet], shape: AdapterConfig, flow: FlowConfig, seed: int, clock: Clock,
+    share: Share = Share(),
+) -> Generator[StepReport, None, dict[str, Tensor]]:  # fmt: skip
+    """Down of every layer, (r_m, d_in) with rows of unit length: the leading right singular vectors of these people's gradients.
+
+    Yields a report a person. Several processes share the draws of each.
+    """
+    generator, rank = torch.Generator().manual_seed(seed), shape.meta_rank
+    nothing = {name: torch.zeros(rank, layer.in_features) for name, layer in find_targets(base.transformer, shape.targets).items()}
+    leading = {name: t.to(base.device) for name, t in nothing.items()}
+    with attach(base.transformer, nothing, replace(shape, rank=rank, mid_start="identity")) as adapter, base.resident("transformer"), base.hastened():
+        adapter.start(generator)
+        for p in adapter.heads():
+            p.requires_grad_(False)
+        adapter.train_down(True)
+        down = end_to_end(adapter.downs())
+        for person in people:
+            data = bucket([person]).to(base.device, base.dtype)
+            for layer in adapter.layers.values():
+                layer.up.data = torch.randn(layer.up.shape, generator=generator).to(layer.up)
+            down.grad.zero_()
+            loss = flow_loss(base, data, torch.randint(len(data), (DRAWS,), generator=generator), generator, flow, share)
+            loss.backward()
+            value = sum_over_processes([down], loss.detach()) if share.world > 1 else loss.detach()
+            for name, layer in adapter.layers.items():
+                leading[name] = _leading(torch.cat([leading[name], layer.down.grad]), KEPT * rank)
+            yield clock.tick(value.item())
+    return {name: F.normalize(_leading(rows, rank), dim=1).cpu() for name, rows in leading.items()}
+
+
+def _leading(rows: Tensor, count: int) -> Tensor:
+    """The `count` leading right singular vectors of (n, d), each as long as its singular value, the greatest first."""
+    _, vectors = torch.linalg.eigh((rows @ rows.T).double())
+    return vectors.flip(1)[:, :count].T.to(rows) @ rows
