@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .webreport import curves, html_report
 SETTINGS, TRUE_PHOTOS = "settings.json", "true-photos"
 SCORES = {"identification": "identified", "r_facesim": "r_facesim", "similarity": "similarity", "copying": "copying",
           "clip_t": "clip_t", "clip_i": "clip_i", "dino": "dino", "faces_found": "face"}  # name in the summary → key of a row  # fmt: skip
+PAIRED = ("r_facesim", "identification", "copying", "clip_t")
 Rows = dict[str, list[dict[str, Any]]]  # person's file → a row a picture
 
 PEOPLE, OTHERS = 12, 3  # on the sheet, at most
@@ -40,6 +42,7 @@ def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str,
         "base": settings["base"], "gallery": gallery, "chance": 1 / gallery, "prompts": settings["prompts"], "seed": settings["seed"],
         "strength": settings.get("strength", 1.0),
         "methods": {name: summarise(rows) | {key: each[name][key] for key in ("steps", "degrade") if key in each[name]} for name, rows in found.items()},
+        "paired": differences({name: rows for name, rows in found.items() if each[name]["steps"]}),
         "left_out": left_out or {},
     }  # fmt: skip
     save_json(output / "summary.json", summary)
@@ -83,6 +86,28 @@ def summarise(rows: Rows, by_domain: bool = True) -> dict[str, Any]:
     if by_domain and len(domains) > 1:
         got["by_domain"] = {d: summarise({k: p for k, p in rows.items() if p[0]["domain"] == d}, False) for d in domains}
     return got
+
+
+def differences(found: dict[str, Rows]) -> list[dict[str, Any]]:
+    """Of every two methods, the first's scores less the second's, person by person, with the ends of the 95 % bootstrap interval over people.
+
+    People differ from one another by more than methods do, so this interval is narrower than those of the two methods would suggest.
+    """
+    pairs = []
+    for first, second in combinations(found, 2):
+        both = [(found[first][person], found[second][person]) for person in found[first] if person in found[second]]
+        got: dict[str, Any] = {"method": first, "less": second, "people": len(both)}
+        for name in PAIRED:
+            values = [np.array([_mean(one, SCORES[name]) - _mean(other, SCORES[name])]) for one, other in both]
+            got[name] = dict(zip(("mean", "low", "high"), map(number, interval(values))))
+        pairs += [got] if both else []
+    return pairs
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float:
+    """Mean over a person's pictures of a score; those without one do not count. NaN where none has any."""
+    values = [float(row[key]) for row in rows if row[key] is not None]
+    return float(np.mean(values)) if values else float("nan")
 
 
 def table(summary: dict[str, Any]) -> str:

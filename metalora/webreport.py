@@ -35,6 +35,7 @@ def html_report(summary: dict[str, Any], drawn: str, sheet: Image.Image, worse: 
     by_domain = [(f"Domain {d}", {name: m["by_domain"][d] | {"steps": m["steps"]} for name, m in methods.items() if d in m.get("by_domain", {})}) for d in domains]
     return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(template).render(
         **summary, tables=[("Everybody", methods), *by_domain], columns=[c for c in COLUMNS if all(c[1] in m for m in methods.values())],
+        compared=[c for c in COLUMNS if all(c[1] in pair for pair in summary["paired"])],
         curves=drawn, kinds=degrade_curves(methods), sheet=_address(sheet), worse=worse and _address(worse),
     )  # fmt: skip
 

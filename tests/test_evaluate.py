@@ -19,7 +19,7 @@ from metalora.degrade import Degradation
 from metalora.evaluate import Bench, evaluate
 from metalora.methods import PEER, Method
 from metalora.peer import PeerConfig
-from metalora.report import CELL, TRUE_PHOTOS, contact_sheet, folder_of, read_rows, summarise, table, wrap, write_report
+from metalora.report import CELL, TRUE_PHOTOS, contact_sheet, differences, folder_of, read_rows, summarise, table, wrap, write_report
 from metalora.webreport import curves, degrade_curves, html_report
 
 from .conftest import run, state_hash
@@ -377,3 +377,19 @@ def test_heads_are_broken_between_words():
     lines = wrap("a portrait of somebody in a black suit, in an office, with a calm face", font, CELL)
     assert len(lines) > 2 and all(font.getlength(line) <= CELL for line in lines)
     assert " ".join(lines) == "a portrait of somebody in a black suit, in an office, with a calm face"
+
+
+def test_differences_are_taken_person_by_person():
+    def rows(*scores):
+        return [{"r_facesim": s, "identified": bool(s), "copying": s, "clip_t": 0.5} for s in scores]
+
+    people = 0.1, 0.5, 0.3, 0.9, 0.7
+    one = {str(i): rows(s + 0.1, s + 0.3) for i, s in enumerate(people)}
+    other = {str(i): rows(s, s) for i, s in enumerate(people)} | {"only here": rows(0.0)}
+    other["0"][1]["r_facesim"] = None  # a picture without a face does not count
+    (pair,) = differences({"a": one, "b": other})
+    assert (pair["method"], pair["less"], pair["people"]) == ("a", "b", 5)
+    assert pair["r_facesim"]["mean"] == pytest.approx(0.2) and pair["clip_t"] == {"mean": 0, "low": 0, "high": 0}
+    # every person gains the same, so the interval is a point, however much people differ
+    assert pair["r_facesim"]["low"] == pytest.approx(pair["r_facesim"]["high"])
+    assert differences({"a": one}) == [] == differences({"a": one, "b": {"nobody": rows(0.1)}})
