@@ -110,7 +110,18 @@ def test_every_resident_identity_gets_the_start(base, started):
         assert all(equal(adapter.factors(i), started.start) for i in range(3))
 
 
-# ---- rates, scale, blocks, prior
+# ---- rank, rates, scale, blocks, prior
+
+
+def test_a_person_of_another_rank_than_the_meta_down_begins_fresh(base, photo, started, config, tmp_path):
+    bare = replace(started, start={}, adapter=replace(started.adapter, rank=3))
+    wanted = run(adapt(base, bare, photo, config))[1]
+    got = run(adapt(base, started, photo, replace(config, rank=3)))[1]
+    assert started.adapter.rank != 3 == got.rank and equal(got.factors, wanted.factors)
+    got.save(tmp_path / "me.safetensors")
+    lora = got.to_lora(started)
+    assert all(t.shape[0 if "lora_A" in name else 1] == 3 for name, t in lora.items())
+    assert equal(run(adapt(base, started, photo, replace(config, rank=started.adapter.rank)))[1].factors, run(adapt(base, started, photo, config))[1].factors)
 
 
 @pytest.mark.parametrize("up_rate", [1.0, 4.0])

@@ -32,10 +32,9 @@ GUIDANCE = 3.5  # that a base which has learnt guidance is used with
 # What metalora.json says of this base beyond `write_settings`; found by trial on people of the training.
 LEARNING: dict[str, Any] = {"batch_size": 4, "background": 0.1, "prior_pictures": 8, "ema": 0.96, "flow": {"logit_mean": 0.5}}
 SETTINGS: dict[str, Any] = {
-    "adapt": {"learning_rate": 8e-3, **LEARNING},
+    "adapt": {"steps": 125, "learning_rate": 5e-3, **LEARNING},
     "plain": {"steps": 375, "learning_rate": 1e-2, **LEARNING},
-    "meta": {"rounds": 11, "bucket_size": 96, "bucket_steps": 100, "warmup_steps": 30, "batch_size": 16, "learning_rate": 3e-3,
-             "down_learning_rate": 5e-4, "start_rate": 0.5, "background": 0.1},
+    "meta": {"rounds": 0, "direction_people": 150, "background": 0.1, "flow": {"logit_mean": 0.5}},
 }
 COMMON = ("command", "seed", "training", "model", "steps", "samples", "minutes", "loss", "torch", "device", "earlier")  # of every result.json
 

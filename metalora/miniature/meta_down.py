@@ -84,13 +84,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="folder of the Meta-Down")
     parser.add_argument("--config", type=json.loads, default={}, metavar="JSON", help='such as \'{"rounds": 40}\'')
+    parser.add_argument("--adapter", type=json.loads, default={}, metavar="JSON", help='such as \'{"rank": 1, "meta_rank": 16}\'; the base\'s own when not given')
     arguments = parser.parse_args(argv)
     base = Base.open(arguments.base)
     config = overlay(base.settings.meta, arguments.config)
     training, _ = load_shards(*arguments.data).split()
     people = People(base, training, arguments.domain, config.background)
     run = meta_train(base, len(people), people.bucket, arguments.domain, config,
-                     name=f"{base.name}/{arguments.domain}", folder=arguments.work, faces=people.faces)
+                     adapter=overlay(base.settings.adapter, arguments.adapter), name=f"{base.name}/{arguments.domain}", folder=arguments.work, faces=people.faces)
     smooth, shown = None, 0.0
     while True:
         try:
