@@ -18,22 +18,21 @@ from torch import Tensor
 from .adapter import attach, find_targets
 from .base import Base
 from .cache import TrainingSet
-from .config import AdapterConfig, FlowConfig
-from .train import Clock, Share, StepReport, end_to_end, flow_loss, sum_over_processes
+from .config import AdapterConfig, MetaConfig
+from .train import Clock, Gradients, Share, StepReport, draw, end_to_end, sum_over_processes
 
-DRAWS = 32  # of a picture, noise and noise level, for each person
+DRAWS = 32  # of a picture, noise and noise level, for each person, in batches as stage 1 has them
 KEPT = 2  # times the rank: directions that are kept on the way, so that few are lost
 
 
 def leading_directions(
-    base: Base, people: Sequence[int], bucket: Callable[[Sequence[int]], TrainingSet], shape: AdapterConfig, flow: FlowConfig, seed: int, clock: Clock,
-    share: Share = Share(),
+    base: Base, people: Sequence[int], bucket: Callable[[Sequence[int]], TrainingSet], shape: AdapterConfig, config: MetaConfig, clock: Clock, share: Share
 ) -> Generator[StepReport, None, dict[str, Tensor]]:  # fmt: skip
     """Down of every layer, (r_m, d_in) with rows of unit length: the leading right singular vectors of these people's gradients.
 
-    Yields a report a person. Several processes share the draws of each.
+    Yields a report a person. Several processes share every batch.
     """
-    generator, rank = torch.Generator().manual_seed(seed), shape.meta_rank
+    generator, rank = torch.Generator().manual_seed(config.seed), shape.meta_rank
     nothing = {name: torch.zeros(rank, layer.in_features) for name, layer in find_targets(base.transformer, shape.targets).items()}
     leading = {name: t.to(base.device) for name, t in nothing.items()}
     with attach(base.transformer, nothing, replace(shape, rank=rank, mid_start="identity")) as adapter, base.resident("transformer"), base.hastened():
@@ -46,13 +45,17 @@ def leading_directions(
             data = bucket([person]).to(base.device, base.dtype)
             for layer in adapter.layers.values():
                 layer.up.data = torch.randn(layer.up.shape, generator=generator).to(layer.up)
-            down.grad.zero_()
-            loss = flow_loss(base, data, torch.randint(len(data), (DRAWS,), generator=generator), generator, flow, share)
-            loss.backward()
-            value = sum_over_processes([down], loss.detach()) if share.world > 1 else loss.detach()
-            for name, layer in adapter.layers.items():
-                leading[name] = _leading(torch.cat([leading[name], layer.down.grad]), KEPT * rank)
-            yield clock.tick(value.item())
+            gradients, sketches = Gradients(base, adapter, data, [down]), torch.zeros_like(down)
+            for _ in range(max(1, DRAWS // config.batch_size)):
+                rows = torch.randint(len(data), (config.batch_size,), generator=generator)
+                loss = gradients(draw(data, rows, generator, config.flow, share))
+                if share.world > 1:
+                    loss = sum_over_processes([down], loss)
+                sketches += down.grad
+            of_layers = sketches.split([layer.down.numel() for layer in adapter.layers.values()])
+            for (name, layer), sketch in zip(adapter.layers.items(), of_layers):
+                leading[name] = _leading(torch.cat([leading[name], sketch.view_as(layer.down)]), KEPT * rank)
+            yield clock.tick(loss.item())
     return {name: F.normalize(_leading(rows, rank), dim=1).cpu() for name, rows in leading.items()}
 
 

@@ -124,7 +124,7 @@ def _begin(
 ) -> Generator[StepReport, None, _State]:  # fmt: skip
     """Down at the leading directions of the `first` people, or at random, and the start that any person has, the same for all."""
     if first:
-        downs = yield from leading_directions(base, first, bucket, shape, config.flow, config.seed, clock, share)
+        downs = yield from leading_directions(base, first, bucket, shape, config, clock, share)
     else:
         downs = random_downs(base.transformer, shape, torch.Generator().manual_seed(config.seed))
     if config.start_rate == 0:

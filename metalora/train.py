@@ -214,7 +214,7 @@ def fit(
     parameters = wholes(optimizers)
     full = [group["lr"] for o in optimizers for group in o.param_groups]
     batches = draw_rows(data, batch_size, generator)
-    gradients = _Gradients(base, adapter, data, parameters, recorded and base.device.type == "cuda")
+    gradients = Gradients(base, adapter, data, parameters, recorded and base.device.type == "cuda")
     late, unread = base.device.type == "cuda" if late is None else late, None
     try:
         with base.hastened():
@@ -261,10 +261,10 @@ def sum_over_processes(parameters: Sequence[nn.Parameter], loss: Tensor | None =
     return total[0]
 
 
-class _Gradients:
+class Gradients:
     """The loss () of a step, its gradients left with the parameters; a step that the memory does not do for is done again."""
 
-    def __init__(self, base: Base, adapter: Adapter, data: TrainingSet, parameters: Sequence[nn.Parameter], recorded: bool):
+    def __init__(self, base: Base, adapter: Adapter, data: TrainingSet, parameters: Sequence[nn.Parameter], recorded: bool = False):
         self.base, self.adapter, self.data, self.parameters = base, adapter, data, parameters
         self.recorded = Recorded(self._work) if recorded else None
 

@@ -11,9 +11,9 @@ from metalora.adapter import find_targets, random_downs
 from metalora.config import FlowConfig, MetaConfig
 from metalora.directions import _leading, leading_directions
 from metalora.meta import meta_train
-from metalora.train import Clock, flow_loss
+from metalora.train import Clock, Share, flow_loss
 
-from .conftest import run, state_hash
+from .conftest import in_processes, run, state_hash
 
 RANK = 4
 
@@ -48,7 +48,7 @@ def held(downs, covariance):
 
 def test_they_hold_nearly_what_the_best_would(base, people):
     before, shape = state_hash(base.transformer), replace(base.settings.adapter, meta_rank=RANK)
-    reports, downs = run(leading_directions(base, range(people.subjects), lambda s: people.select(list(s)), shape, FlowConfig(), 0, Clock(people.subjects)))
+    reports, downs = run(leading_directions(base, range(people.subjects), people.select, shape, MetaConfig(), Clock(people.subjects), Share()))
     assert [r.step for r in reports] == list(range(1, people.subjects + 1))
     assert state_hash(base.transformer) == before
     covariance = covariances(base, people)
@@ -73,3 +73,30 @@ def test_a_stage_1_that_begins_there_resumes_as_any(base, people, tmp_path):
     reports, resumed = run(meta_train(base, people.subjects, people.select, "woman", config, name="x", folder=tmp_path))
     assert [r.step for r in reports] == [9, 10, 11, 12] and reports[0].steps == 12
     assert all(torch.equal(whole.tensors[name], resumed.tensors[name]) for name in whole.tensors)
+
+
+PROCESS = """
+import sys, torch
+from metalora.base import Base
+from metalora.cache import encode
+from metalora.config import MetaConfig
+from metalora.meta import meta_train
+base = Base.open(sys.argv[1], "cpu")
+people = encode(base, torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1, ["a photo of sks woman"] * 4, [0, 1, 2, 3])
+run = meta_train(base, 4, people.select, "woman", MetaConfig(rounds=0, direction_people=3, batch_size=4), name="t")
+while True:
+    try:
+        next(run)
+    except StopIteration as end:
+        downs = end.value.tensors.values()
+        print(sum((down @ torch.linspace(-1, 1, down.shape[1])).norm().item() for down in downs), end.value.sha256)  # however the rows are turned
+        break
+"""
+
+
+@pytest.mark.one_family
+def test_two_processes_find_what_one_does(tiny_base, tmp_path):
+    (along, sha), (_, other) = in_processes(2, tmp_path, PROCESS, str(tiny_base))
+    (tmp_path / "alone").mkdir()
+    ((alone, _),) = in_processes(1, tmp_path / "alone", PROCESS, str(tiny_base))
+    assert sha == other and float(along) == pytest.approx(float(alone), rel=1e-4)

@@ -34,7 +34,7 @@ LEARNING: dict[str, Any] = {"batch_size": 4, "background": 0.1, "prior_pictures"
 SETTINGS: dict[str, Any] = {
     "adapt": {"steps": 125, "learning_rate": 5e-3, **LEARNING},
     "plain": {"steps": 375, "learning_rate": 1e-2, **LEARNING},
-    "meta": {"rounds": 0, "direction_people": 150, "background": 0.1, "flow": {"logit_mean": 0.5}},
+    "meta": {"rounds": 0, "direction_people": 150, "batch_size": 32, "background": 0.1, "flow": {"logit_mean": 0.5}},
 }
 COMMON = ("command", "seed", "training", "model", "steps", "samples", "minutes", "loss", "torch", "device", "earlier")  # of every result.json
 
