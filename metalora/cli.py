@@ -176,7 +176,8 @@ def score(
 @command
 def meta_train(
     dataset: Dataset, domain: Domain, output: Output, name: Annotated[str | None, typer.Option("--name", help="What to call it; the output folder's name when not given.")] = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Buckets of people to go through.")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=0, help="Buckets of people to go through; the base's own number when not given.")] = None,
+    directions: Annotated[int | None, typer.Option("--directions", min=0, metavar="PEOPLE", help="Before, begin where the gradients of so many people point.")] = None,
     seed: Seed = 0, log: Annotated[Path | None, typer.Option("--log", metavar="FOLDER", help="Write a TensorBoard log there.")] = None,
     base: BaseName = DEFAULT_BASE, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
@@ -205,7 +206,7 @@ def meta_train(
             if record:
                 record(report)
 
-        found = finish(learn_domain(opened, people, domain, name or output.name, output, rounds, seed), show)
+        found = finish(learn_domain(opened, people, domain, name or output.name, output, rounds, directions, seed), show)
     if not first:
         return {}, ""  # one of several processes speaks for all
     found.save(output)

@@ -83,6 +83,8 @@ def meta_train(
     checkpoint = Path(folder) / CHECKPOINT if folder else None
     if config.predict_rank and faces is None:
         raise MetaLoraError("A predictor is fitted on faces, and none are given; leave meta.predict_rank at 0.")
+    if not config.rounds and not config.direction_people:
+        raise MetaLoraError("Stage 1 learns nothing in no rounds and from no directions; ask for rounds, for directions, or for both.")
     stamp = {"moments": "end to end", "config": repr(replace(config, rounds=0, predict_rank=0, predict_steps=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
     buckets = -(-subjects // size) if config.predict_rank else 0
     first = _members(subjects, min(config.direction_people, subjects), 0, config.seed)
@@ -270,10 +272,11 @@ def _mask(finder: FaceFinder, photo: Image.Image, background: float) -> Image.Im
 
 
 def learn_domain(
-    base: Base, people: list[Subject], domain: str, name: str, folder: Path, rounds: int | None = None, seed: int = 0
+    base: Base, people: list[Subject], domain: str, name: str, folder: Path, rounds: int | None = None, directions: int | None = None, seed: int = 0
 ) -> Generator[StepReport, None, MetaDown]:  # fmt: skip
     """Stage 1 on a dataset's people of one domain, some of whom are kept out to judge it; see `meta_train`."""
-    config = replace(base.settings.meta, seed=seed, rounds=rounds or base.settings.meta.rounds)
+    given = {"rounds": rounds, "direction_people": directions}
+    config = replace(base.settings.meta, seed=seed, **{key: value for key, value in given.items() if value is not None})
     learnt, unseen = kept_out(people, min(config.validation_people, config.bucket_size))
     finder = FaceFinder.of(base.settings) if config.background < 1 or config.predict_rank else None
     bucket = partial(bucket_of_photos, base, words=f"{base.settings.trigger} {domain}", finder=finder, background=config.background)

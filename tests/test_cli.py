@@ -144,6 +144,10 @@ def test_a_meta_down_is_trained_and_used(call, people):
     assert call("adapt", people / "max-0.png", "--domain", "man", "-o", "max.safetensors", "--steps", 2, "--meta-down", "man")[0] == 0
     code, _, err = call("meta-train", people, "--domain", "man", "--output", "man")
     assert code == 2 and "holds a Meta-Down already" in err
+    code, out, err = call("meta-train", people, "--domain", "man", "--output", "other", "--rounds", 0, "--directions", 9, "--json")
+    assert code == 0 and "step 1/1" in err and MetaDown.load("other").sha256 == json.loads(out)["sha256"]
+    code, _, err = call("meta-train", people, "--domain", "man", "--output", "none", "--rounds", 0)
+    assert code == 2 and "learns nothing" in err and not Path("none").exists()
 
 
 @pytest.mark.one_family
