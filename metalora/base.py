@@ -160,8 +160,8 @@ class Base:
                 module._compiled_call_impl = None
 
     def hastened(self) -> AbstractContextManager:
-        """Training steps take less of a CPU meanwhile; see rotary.py."""
-        return self.family.hastened(self.transformer) if self.device.type == "cpu" else nullcontext()
+        """Training steps take less of a CPU meanwhile, in float32; see rotary.py."""
+        return self.family.hastened(self.transformer) if self.device.type == "cpu" and self.dtype == torch.float32 else nullcontext()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], length: int | None = None) -> Text:
