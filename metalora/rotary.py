@@ -1,7 +1,7 @@
 """Queries and keys of FLUX.1 normed and turned in one operation, for CPUs.
 
 A small transformer's step on a CPU is for the most part the calling of operations. Of the root-mean-square norm PyTorch calls a dozen
-there on the way back, and diffusers as many for the rotary embedding after it; both together are six here. On a GPU a compiler does
+there on the way back, and diffusers as many for the rotary embedding after it; both together are a few here. On a GPU a compiler does
 the same, so there the modules stay as they are.
 """
 
