@@ -80,8 +80,7 @@ def summarise(rows: Rows, by_domain: bool = True) -> dict[str, Any]:
     for name, key in SCORES.items():
         if key not in people[0][0]:
             continue  # only what was measured has a figure
-        values = [np.array([np.nan if row[key] is None else float(row[key]) for row in person]) for person in people]
-        got[name] = dict(zip(("mean", "low", "high"), map(number, interval(values))))
+        got[name] = _spread([_values(person, key) for person in people])
     domains = sorted({p[0]["domain"] for p in people})
     if by_domain and len(domains) > 1:
         got["by_domain"] = {d: summarise({k: p for k, p in rows.items() if p[0]["domain"] == d}, False) for d in domains}
@@ -93,21 +92,29 @@ def differences(found: dict[str, Rows]) -> list[dict[str, Any]]:
 
     People differ from one another by more than methods do, so this interval is narrower than those of the two methods would suggest.
     """
+    means = {method: {person: {name: _mean(_values(each, SCORES[name])) for name in PAIRED} for person, each in rows.items()} for method, rows in found.items()}
     pairs = []
-    for first, second in combinations(found, 2):
-        both = [(found[first][person], found[second][person]) for person in found[first] if person in found[second]]
-        got: dict[str, Any] = {"method": first, "less": second, "people": len(both)}
-        for name in PAIRED:
-            values = [np.array([_mean(one, SCORES[name]) - _mean(other, SCORES[name])]) for one, other in both]
-            got[name] = dict(zip(("mean", "low", "high"), map(number, interval(values))))
-        pairs += [got] if both else []
+    for first, second in combinations(means, 2):
+        both = [(means[first][person], means[second][person]) for person in means[first] if person in means[second]]
+        scores = {name: _spread([np.array([one[name] - other[name]]) for one, other in both]) for name in PAIRED}
+        pairs += [{"method": first, "less": second, "people": len(both), **scores}] if both else []
     return pairs
 
 
-def _mean(rows: list[dict[str, Any]], key: str) -> float:
-    """Mean over a person's pictures of a score; those without one do not count. NaN where none has any."""
-    values = [float(row[key]) for row in rows if row[key] is not None]
-    return float(np.mean(values)) if values else float("nan")
+def _values(rows: list[dict[str, Any]], key: str) -> np.ndarray:
+    """A person's scores, a picture each; NaN where a picture has none."""
+    return np.array([np.nan if row[key] is None else float(row[key]) for row in rows])
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of those that there are; NaN where there is none."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _spread(groups: Sequence[np.ndarray]) -> dict[str, float | None]:
+    """Mean and the ends of the interval, as the summary has them."""
+    return dict(zip(("mean", "low", "high"), map(number, interval(groups))))
 
 
 def table(summary: dict[str, Any]) -> str:
