@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -115,6 +116,9 @@ def _steps(
     adamw = two_rates(adapter, config.learning_rate, config.weight_decay, config.up_rate)
     clock, averages = Clock(config.steps), Averages(wholes([adamw]), config.ema)
     kept, shown = averages.used()(learnt), averages.used()(preview) if preview else None  # of the averages, not of the last step
+    compiled = config.compiled and base.device.type == "cuda"
+    if compiled and shown:
+        shown = torch.compiler.set_stance("force_eager")(shown)  # for one picture now and then its sizes are not worth compiling for
     losses = fit(
         base,
         adapter,
@@ -126,11 +130,12 @@ def _steps(
         flow_config=config.flow,
         max_grad_norm=config.max_grad_norm,
         rate=warmup(config.warmup_steps),
-        recorded=config.recorded,
+        recorded=True,
     )
-    for loss in losses:
-        step = clock.done + 1
-        averages.update(step)
-        due = preview_every > 0 and (step % preview_every == 0 or step == config.steps)
-        yield replace(clock.tick(loss, shown() if shown and due else None), learnt=partial(kept, step))
+    with base.compiled() if compiled else nullcontext():
+        for loss in losses:
+            step = clock.done + 1
+            averages.update(step)
+            due = preview_every > 0 and (step % preview_every == 0 or step == config.steps)
+            yield replace(clock.tick(loss, shown() if shown and due else None), learnt=partial(kept, step))
     return kept(config.steps)

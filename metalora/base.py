@@ -27,6 +27,7 @@ from .families import family_of, settings_of, unreadable
 from .family import Family, Latents, Text
 from .fold import Fold
 from .frozen import freeze
+from .graph import Playing
 from .plan import Choice, Learning, Model, Plan, Precision, Work, card, choose, describe, numbered, system_memory
 from .quantise import configs_for
 
@@ -51,6 +52,7 @@ class Base:
     precision: Precision | None = None  # of the weights that are here; None while there are none
     notice: str = ""  # that the plan had to be changed, until whoever shows things to the user has taken it
     fold: Fold = field(default_factory=Fold)  # who is in the weights now
+    playing: Playing = field(default_factory=Playing)  # a denoising step as it was last recorded
     _at_work: Counter[str] = field(default_factory=Counter)  # components that a piece of work needs on the device now
 
     @classmethod
@@ -100,6 +102,7 @@ class Base:
         """Weights and places as the plan has them."""
         if self.precision != self.plan.precision:
             self.precision = None
+            self.playing.forget()
             for part in self.family.networks if self.pipeline else ():
                 _release(getattr(self.pipeline, part))
             self.pipeline, self.precision = _load_pipeline(self.folder, self.family, self.plan), self.plan.precision
@@ -140,6 +143,7 @@ class Base:
         self.notice = f"The GPU ran out of memory with the plan {self.plan.name}; going on with {below.name}: {describe(below)}."
         logger.warning(self.notice)
         before, self.plan = self.plan, below
+        self.playing.forget()
         gc.collect()
         if before.folds != below.folds:
             self.fold.take_out(self.transformer)
@@ -151,13 +155,18 @@ class Base:
 
     @contextmanager
     def compiled(self, **how: Any) -> Iterator[None]:
-        """Every kind of the transformer's blocks compiled meanwhile, in one piece. Who comes next, to be learnt or folded in, finds it compiled."""
+        """Every kind of the transformer's blocks compiled meanwhile, in one piece and for the sizes that come. Who comes next, to be learnt or folded in, finds it compiled."""
         try:
-            self.transformer.compile_repeated_blocks(fullgraph=True, **how)
+            self.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, **how)
             yield
         finally:
             for module in self.transformer.modules():
-                module._compiled_call_impl = None
+                module.__dict__.pop("_compiled_call_impl", None)  # as it came: what was compiled is looked at again where a module has one more attribute
+
+    def played(self, people: object = None) -> AbstractContextManager:
+        """On a GPU denoising steps are played from a recording meanwhile (graph.py). `people` tells who is there where they are not in the weights."""
+        recorded = self.device.type == "cuda" and "transformer" in self.plan.stays and self.plan.precision != "4-bit"
+        return self.playing.of(self.transformer, people) if recorded else nullcontext()
 
     def hastened(self) -> AbstractContextManager:
         """Training steps take less of a CPU meanwhile, in float32; see rotary.py."""
@@ -242,6 +251,7 @@ def _load_pipeline(folder: Path, family: Family, plan: Plan) -> DiffusionPipelin
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.requires_grad_(False)
     freeze(pipeline.transformer)
+    family.prepare(pipeline.transformer)
     return pipeline
 
 

@@ -69,7 +69,8 @@ class AdaptConfig:
     # Pictures that the base itself makes of others of the class, learnt along under the person's words, but for the face: prompts keep
     # what they mean. [Ours, after the prior preservation of DreamBooth, arXiv 2208.12242, section 3.2, which learns them whole and under other words]
     prior_pictures: int = 0
-    recorded: bool = False  # on a GPU, steps are played from a recording of one, where the plan has no checkpointing (see graph.py)
+    # On a GPU the blocks are compiled first. It takes most of a minute once, and of any person after that a step is a quarter shorter.
+    compiled: bool = False
 
 
 @dataclass(frozen=True)

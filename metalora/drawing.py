@@ -13,6 +13,7 @@ import torch
 
 from .base import Base
 from .generate import Person, render, unload_people, use_people
+from .graph import Playing
 from .plan import PACKAGES
 from .standin import Case, random_person, random_text
 
@@ -22,17 +23,25 @@ class Way(NamedTuple):
 
     folds: bool | None  # None: nobody is in
     compiled: bool = False
+    recorded: bool = False
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether it is for a CPU too."""
+        return not self.compiled and not self.recorded
 
 
 WAYS = {
     "the base, nobody": Way(None), "a person, folded in": Way(True), "a person, loaded by diffusers": Way(False),
-    "the base, compiled": Way(None, True), "a person, folded in, compiled": Way(True, True),
+    "the base, recorded": Way(None, recorded=True), "a person, folded in, recorded": Way(True, recorded=True),
+    "a person, loaded by diffusers, recorded": Way(False, recorded=True), "the base, compiled and recorded": Way(None, True, True),
+    "a person, folded in, compiled and recorded": Way(True, True, True), "a person, loaded by diffusers, compiled and recorded": Way(False, True, True),
 }  # fmt: skip
 SWITCHES = 10  # from one person to the other
 
 
-def measure(base: Base, case: Case, warmup: int, pictures: int, guidance: float | None = None, compiled: bool = False) -> list[dict[str, Any]]:
-    """Seconds a picture (median), over those of the bare base, and seconds to switch to another person, of every way; the compiled ones if asked.
+def measure(base: Base, case: Case, warmup: int, pictures: int, guidance: float | None = None, only: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Seconds a picture (median), over those of the bare base, and seconds to switch to another person, of the ways named or all that this device has.
 
     The ways take turns, picture by picture, so that what else the machine does hits all of them alike.
     """
@@ -41,18 +50,28 @@ def measure(base: Base, case: Case, warmup: int, pictures: int, guidance: float 
     text = random_text(base, case.text_tokens, len(base.family.prompts_of_a_picture(base.pipeline, "", guidance)))
     people = [random_person(base, case.rank, seed) for seed in range(2)]
     quantised = base.plan.precision in PACKAGES  # such weights take nobody in
-    ways = {name: way for name, way in WAYS.items() if (compiled or not way.compiled) and not (quantised and way.folds)}
+    ways = {name: way for name, way in WAYS.items() if (not only or name in only) and not (quantised and way.folds) and (way.anywhere or base.device.type == "cuda")}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    playing = {name: Playing() for name, way in ways.items() if way.recorded}
+
+    def drawn(seed: int) -> float:
+        begin = time.perf_counter()
+        render(base, text, case.resolution, case.resolution, settings.inference_steps, guidance, seed)
+        return time.perf_counter() - begin
+
     for turn in range(warmup + pictures):
         for name, way in ways.items():
-            with held(base, way.folds, people), base.compiled() if way.compiled else nullcontext():
-                begin = time.perf_counter()
-                render(base, text, case.resolution, case.resolution, settings.inference_steps, guidance, turn)
-                seconds[name].append(time.perf_counter() - begin)
+            recorded = playing[name].of(base.transformer, None) if way.recorded else nullcontext()
+            with held(base, way.folds, people), base.compiled() if way.compiled else nullcontext(), recorded:
+                if way.recorded and way.folds is False:
+                    drawn(turn)  # who is loaded anew is recorded anew, which is not measured
+                seconds[name].append(drawn(turn))
+            if way.recorded and way.folds is False:
+                playing[name].forget()
     medians = {name: statistics.median(times[warmup:]) for name, times in seconds.items()}
-    bare = {way.compiled: medians[name] for name, way in ways.items() if way.folds is None}
+    bare = {way[1:]: medians[name] for name, way in ways.items() if way.folds is None}
     return [
-        {"way": name, "seconds a picture": medians[name], "over the base": medians[name] / bare[way.compiled],
+        {"way": name, "seconds a picture": medians[name], **({"over the base": medians[name] / bare[way[1:]]} if way[1:] in bare else {}),
          **({} if way.folds is None else {"seconds to switch": _switch(base, way.folds, people)})}
         for name, way in ways.items()
     ]  # fmt: skip

@@ -117,6 +117,9 @@ class Family(ABC):
     def velocity(self, transformer: nn.Module, tokens: Tensor, sigma: Tensor, text: Text, image_ids: Tensor, guidance: float) -> Tensor:
         """What the transformer predicts for latents (batch, tokens, channels) at noise levels (batch,)."""
 
+    def prepare(self, transformer: nn.Module) -> None:
+        """What a transformer that was just loaded needs so that it learns soundly on every device."""
+
     def hastened(self, transformer: nn.Module) -> AbstractContextManager:
         """Inside, a frozen transformer that an adapter learns on takes fewer operations of a CPU, where the family knows how; the result is the same to rounding."""
         return nullcontext()

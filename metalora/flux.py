@@ -29,6 +29,22 @@ FLUX_DEV: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+class _InOrder(torch.autograd.Function):
+    """x, whose gradient lies in memory as x does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def _in_order(attention: nn.Module, given: tuple, output: Tensor) -> Tensor:
+    return _InOrder.apply(output) if output.requires_grad else output
+
+
 def pack(latents: Tensor) -> Tensor:
     """(batch, c, h, w) → (batch, h/2 · w/2, 4c): tokens, each a 2x2 patch with its channels outermost."""
     b, c, h, w = latents.shape
@@ -107,6 +123,15 @@ class Flux(Family):
             img_ids=image_ids,
             return_dict=False,
         )[0]
+
+    def prepare(self, transformer: nn.Module) -> None:
+        """In a single block the gradient of the attention comes as columns of a wider matrix, in a double block it does not.
+
+        PyTorch up to 2.11 at least keeps cuDNN's plan for the way back by the shapes of queries, keys and values, whatever the
+        gradient's strides: the plan of a single block then reads past the end of a double block's gradient.
+        """
+        for block in transformer.single_transformer_blocks:
+            block.attn.register_forward_hook(_in_order)
 
     def hastened(self, transformer: nn.Module) -> AbstractContextManager:
         return turned_norms(transformer)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .config import BaseSettings
 from .family import Family, Kohya, Latents, Text, Vectors
@@ -95,17 +96,21 @@ class Flux2Klein(Family):
         return torch.cartesian_prod(nought, torch.arange(rows).float(), torch.arange(columns).float(), nought)
 
     def velocity(self, transformer: nn.Module, tokens: Tensor, sigma: Tensor, text: Text, image_ids: Tensor, guidance: float) -> Tensor:
-        """`guidance` plays no part: it is not told to the transformer."""
+        """`guidance` plays no part: it is not told to the transformer.
+
+        cuDNN's attention is left out, for the reason that `Flux.prepare` tells; here no module gives its output before it is put beside others.
+        """
         text_ids = torch.zeros(text.embeds.shape[1], 4, device=tokens.device)
         text_ids[:, 3] = torch.arange(len(text_ids), device=tokens.device)  # the place of the word
-        return transformer(
-            hidden_states=tokens,
-            timestep=sigma.to(tokens.dtype),
-            encoder_hidden_states=text.embeds,
-            txt_ids=text_ids,
-            img_ids=image_ids,
-            return_dict=False,
-        )[0]
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return transformer(
+                hidden_states=tokens,
+                timestep=sigma.to(tokens.dtype),
+                encoder_hidden_states=text.embeds,
+                txt_ids=text_ids,
+                img_ids=image_ids,
+                return_dict=False,
+            )[0]
 
     def numbers_of_texts(self, networks: Mapping[str, Any], prompts: int, tokens: int) -> float:
         """Qwen3 holds the output of every layer, and its head, which nobody asks for, the likelihood of every word; then three outputs are

@@ -109,7 +109,8 @@ def generate(
     def draw(text: Any, seed: int, before: int) -> Image.Image:
         nonlocal done
         done = before
-        with base.resident("transformer", "vae"):
+        there = None if base.plan.folds else [(person.sha256, person.weight) for person in people]
+        with base.resident("transformer", "vae"), base.played(there):
             return render(base, text, width, height, steps, guidance, seed, count_step)
 
     for prompt in filled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import MetaLoraError
 from .family import Family
@@ -42,3 +43,19 @@ def _four_bit(dtype: torch.dtype, text_encoder: str) -> dict[str, Any]:
 
     wanted = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return {"transformer": diffusers.BitsAndBytesConfig(**wanted), text_encoder: transformers.BitsAndBytesConfig(**wanted)}
+
+
+def quantise(module: nn.Module, config: Any) -> None:
+    """Quantise the linear layers of a module that is in memory already, as diffusers does with that config while it loads one."""
+    if hasattr(config, "quant_type"):
+        from torchao.quantization import quantize_
+
+        return quantize_(module, config.quant_type)
+    import bitsandbytes as bnb
+
+    for name, layer in [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]:
+        how = dict(compress_statistics=config.bnb_4bit_use_double_quant, quant_type=config.bnb_4bit_quant_type)
+        with torch.device("meta"):
+            held = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, config.bnb_4bit_compute_dtype, **how)
+        held.weight, held.bias = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, **how), layer.bias
+        module.set_submodule(name, held.to(layer.weight.device))  # it is on its way to the device that the weights are quantised

@@ -35,7 +35,7 @@ from .config import DEFAULT_BASE, FlowConfig
 from .doctor import machine
 from .errors import MetaLoraError
 from .generate import unload_people
-from .plan import GIB
+from .plan import GIB, PACKAGES
 from .standin import FULL_SIZE, Case, random_base, random_pictures
 from .train import draw_rows, fit, flow_loss, optimizer
 
@@ -130,6 +130,7 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(base.device)
         held = torch.cuda.memory_allocated(base.device)
+    start = time.perf_counter()
     with train(base, data, case, **how) as losses:
         with FlopCounterMode(display=False) as counter, _kept() as kept:  # not compiled: what runs under a counter once is never compiled again
             first = next(losses)
@@ -144,9 +145,13 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[
                 begin = time.perf_counter()
                 last = next(losses)  # it reads a loss, on a GPU that of the step before: the device is never further ahead than one step
                 times.append(1000 * (time.perf_counter() - begin))
+        in_all = time.perf_counter() - start
         losses.close()
-    found = {"first loss": first, "last loss": last, "s to the first step": to_first, "tera-operations a step": counter.get_total_flops() / 1e12, "MiB kept for the way back": sum(kept.values()) / 2**20}
-    return times, found | ({"peak GiB beyond the weights": (torch.cuda.max_memory_allocated(base.device) - held) / GIB} if gpu else {})
+    found = {"first loss": first, "last loss": last, "s to the first step": to_first, "s in all": in_all, "tera-operations a step": counter.get_total_flops() / 1e12, "MiB kept for the way back": sum(kept.values()) / 2**20}
+    if gpu:
+        peak = torch.cuda.max_memory_allocated(base.device)
+        found |= {"peak GiB": peak / GIB, "peak GiB beyond the weights": (peak - held) / GIB}
+    return times, found
 
 
 @contextmanager
@@ -217,14 +222,15 @@ def _measured(base: Base, case: Case, way: str, warmup: int, steps: int) -> tupl
         return None
 
 
-def draw(base: Base, cases: Sequence[Case], warmup: int, pictures: int) -> list[dict[str, Any]]:
-    """All ways of drawing on all cases, printed as they come."""
+def draw(base: Base, cases: Sequence[Case], warmup: int, pictures: int, only: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """All ways of drawing, or those named, on all cases, printed as they come."""
     rows = []
     for case in dict.fromkeys(replace(case, batch=1, people=1) for case in cases):
-        for row in drawing.measure(base, case, warmup, pictures, compiled=base.device.type == "cuda"):
+        for row in drawing.measure(base, case, warmup, pictures, only=only):
             rows.append({"resolution": case.resolution, "text_tokens": case.text_tokens, "rank": case.rank, **row})
             switch = f"  {1000 * row['seconds to switch']:.0f} ms to switch to another" if "seconds to switch" in row else ""
-            print(f"{_size(case):60} {row['way']:34} {row['seconds a picture']:8.3f} s  {row['over the base']:5.0%} of the base's{switch}", flush=True)
+            over = f"  {row['over the base']:6.1%} of the base's" if "over the base" in row else ""
+            print(f"{_size(case):60} {row['way']:50} {row['seconds a picture']:8.3f} s{over}{switch}", flush=True)
     return rows
 
 
@@ -235,7 +241,7 @@ def _size(case: Case) -> str:
 
 def _line(row: dict[str, Any]) -> str:
     memory = f"{row['MiB kept for the way back']:6.0f} MiB kept" if "MiB kept for the way back" in row else ""
-    memory += f"  {row['peak GiB beyond the weights']:6.2f} GiB" if "peak GiB beyond the weights" in row else ""
+    memory += f"  {row['peak GiB beyond the weights']:6.2f} of {row['peak GiB']:5.1f} GiB" if "peak GiB beyond the weights" in row else ""
     size = _size(Case(**{field.name: row[field.name] for field in fields(Case)}))
     return f"{size:60} {row['way']:34} {row['ms a step']:8.1f} ms  {row['share of roofline']:5.0%} of roofline  {memory}"
 
@@ -244,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(prog="python -m metalora.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=DEFAULT_BASE, help=f"{' or '.join(FULL_SIZE)} (random weights), miniature, a Hub id or a folder (%(default)s)")
-    parser.add_argument("--fp8", action="store_true", help=f"float8 weights for {' or '.join(FULL_SIZE)}; for what can learn and draw with them")
+    parser.add_argument("--weights", choices=["bf16", *PACKAGES], default="bf16", help=f"their precision, for {' or '.join(FULL_SIZE)}; for what can learn and draw with them (%(default)s)")
     parser.add_argument("--resolution", type=int, action="append", help="px, repeatable; the base's own when not given")
     parser.add_argument("--text", type=int, action="append", help="text tokens, repeatable; the base's own when not given")
     parser.add_argument("--batch", type=int, action="append", help="repeatable; 1 when not given")
@@ -253,6 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--growth", action="store_true", help="also cases of which each differs in one respect: size, text, batch, ranks, people at a time")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="with --growth: a figure of it, .svg or .png")
     parser.add_argument("--draw", type=int, nargs="?", const=10, default=0, metavar="PICTURES", help="also pictures, so many in every way (%(const)s)")
+    parser.add_argument("--draw-way", action="append", choices=list(drawing.WAYS), metavar="WAY", help=f"one of {', '.join(drawing.WAYS)}; repeatable; all that can be had when not given")
     parser.add_argument("--way", action="append", choices=list(WAYS), metavar="WAY", help=f"one of {', '.join(WAYS)}; repeatable; all when not given, on a CPU those that can be had there")
     parser.add_argument("--script", type=int, nargs="?", const=100, default=0, metavar="STEPS", help="also diffusers' own training script, which is fetched, over so many steps (%(const)s)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before, in every round (%(default)s)")
@@ -265,11 +272,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("--plot wants --growth beside it, and a file that ends in .svg or .png.")
     if given.script and given.base in FULL_SIZE:
         sys.exit("diffusers' script reads its base from a folder; leave out --script, or choose another --base.")
-    if given.fp8 and given.base not in FULL_SIZE:
-        sys.exit(f"--fp8 goes with --base {' or --base '.join(FULL_SIZE)}; any other base is opened as the plan for this machine has it.")
+    if given.weights != "bf16" and given.base not in FULL_SIZE:
+        sys.exit(f"--weights goes with --base {' or --base '.join(FULL_SIZE)}; any other base is opened as the plan for this machine has it.")
     try:
         full_size = FULL_SIZE.get(given.base)
-        base = random_base(given.base, full_size, torch.device(given.device), "fp8" if given.fp8 else "bf16") if full_size else Base.open(given.base, given.device)
+        base = random_base(given.base, full_size, torch.device(given.device), given.weights) if full_size else Base.open(given.base, given.device)
         if given.script:
             peer.check(base)
     except MetaLoraError as error:
@@ -278,13 +285,13 @@ def main(arguments: list[str] | None = None) -> None:
     asked = [given.resolution or [s.train_resolution], given.text or [s.text_tokens], given.batch or [1]]
     cases = [Case(*sizes) for sizes in product(*asked, given.rank or [s.adapter.rank], given.meta_rank or [s.adapter.meta_rank])]
     cases = [each for case in cases for each in growth.cases(case)] if given.growth else cases
-    possible = [name for name, way in WAYS.items() if way.train is meta_lora or not given.fp8]
+    possible = [name for name, way in WAYS.items() if way.train is meta_lora or given.weights == "bf16"]
     ways = given.way or [name for name in possible if WAYS[name].anywhere or base.device.type == "cuda"]
     with nullcontext() if given.base in FULL_SIZE else base.resident("transformer", "vae"):
         found = {**compare(base, cases, ways, given.warmup, given.steps, given.script, given.rounds), "pictures": [], "machine": machine()}
         _write(found, given.json)  # what there is, whatever becomes of the pictures
         if given.draw:
-            found["pictures"] = draw(base, cases[:1], min(2, given.warmup), given.draw)
+            found["pictures"] = draw(base, cases[:1], min(2, given.warmup), given.draw, given.draw_way)
             _write(found, given.json)
     if given.plot:
         growth.figure(found["steps"], cases[0]).savefig(given.plot)

