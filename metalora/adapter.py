@@ -79,23 +79,19 @@ class _Sum(torch.autograd.Function):
     is x, too. What is kept here for the gradient of Mid is x, where `keep_input` says so, or else Down · x, (..., r_m). The former is
     faster, since Mid · Down costs r·r_m·d_in once and Down · x costs r_m·d_in for every token, and only so can Down learn. The
     latter saves a third of a training step's memory.
-    For a compiler products over a rank of one are written as what they are, factors and sums: it does them on the way of what comes
-    before or after, where a matrix product of its own goes through memory once more.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, down: Tensor, mid: Tensor, up: Tensor, scale: float, keep_input: bool) -> Tensor:  # fmt: skip
         low, down, small, up = x.reshape(len(mid), -1, x.shape[-1]), down.to(x.dtype), mid.to(x.dtype), up.to(x.dtype)
-        ctx.scale, ctx.keep_input, ctx.written_out = scale, keep_input, mid.shape[1] == 1 and torch.compiler.is_compiling()
-        a = (small.transpose(1, 2) * down).sum(1, keepdim=True) if ctx.written_out else small @ down  # (n, r, d_in)
+        a = small @ down  # (n, r, d_in)
         if not keep_input:
             low = F.linear(low, down)  # (n, tokens, r_m)
-        inner = _times(low, a if keep_input else small, ctx.written_out)  # (n, tokens, r)
+        inner = torch.bmm(low, (a if keep_input else small).transpose(1, 2))  # (n, tokens, r)
         ctx.save_for_backward(low, weight, down, mid, a, up, inner)
+        ctx.scale, ctx.keep_input = scale, keep_input
         whole = F.linear(x, weight, bias) if y is None else y
         parts = whole.reshape(len(mid), -1, whole.shape[-1])
-        if ctx.written_out:
-            return (parts + scale * (inner * up.transpose(1, 2))).view(whole.shape)
         add = parts.baddbmm_ if y is None else parts.baddbmm
         return add(inner, up.transpose(1, 2), alpha=scale).view(whole.shape)
 
@@ -104,30 +100,17 @@ class _Sum(torch.autograd.Function):
         low, weight, down, mid, a, up, inner = ctx.saved_tensors
         of_x, of_y, _, _, of_down, *_ = ctx.needs_input_grad
         parts = grad.reshape(len(mid), -1, grad.shape[-1])
-        if ctx.written_out:
-            d_up, d_inner = (parts * inner).sum(1).unsqueeze(2), _times(parts, up.transpose(1, 2), True)  # (n, d_out, 1), (n, tokens, 1)
-        else:
-            d_up, d_inner = torch.bmm(parts.transpose(1, 2), inner), torch.bmm(parts, up)  # (n, d_out, r), (n, tokens, r)
+        d_up, d_inner = torch.bmm(parts.transpose(1, 2), inner), torch.bmm(parts, up)  # (n, d_out, r), (n, tokens, r)
         if ctx.scale != 1:
             d_up, d_inner = ctx.scale * d_up, ctx.scale * d_inner
-        # of A = Mid · Down where the input was kept, or else of Mid
-        d_low = (d_inner * low).sum(1, keepdim=True) if ctx.written_out else torch.bmm(d_inner.transpose(1, 2), low)
+        d_low = torch.bmm(d_inner.transpose(1, 2), low)  # of A = Mid · Down where the input was kept, or else of Mid
         d_mid = d_low @ down.T if ctx.keep_input else d_low
         d_down = (mid.transpose(1, 2) @ d_low.to(mid.dtype)).sum(0) if of_down else None
         d_x = None
         if of_x:
-            product = None if weight is None else parts @ weight
-            if ctx.written_out:
-                d_x = d_inner * a if product is None else product + d_inner * a
-            else:
-                d_x = torch.bmm(d_inner, a) if product is None else product.baddbmm_(d_inner, a)
+            d_x = torch.bmm(d_inner, a) if weight is None else (parts @ weight).baddbmm_(d_inner, a)
             d_x = d_x.view(*grad.shape[:-1], a.shape[-1])
         return d_x, grad if of_y else None, None, None, d_down, d_mid.to(mid.dtype), d_up.to(mid.dtype), None, None
-
-
-def _times(x: Tensor, factor: Tensor, written_out: bool) -> Tensor:
-    """x (n, tokens, d) times factor (n, r, d): (n, tokens, r)."""
-    return (x * factor).sum(2, keepdim=True) if written_out else torch.bmm(x, factor.transpose(1, 2))
 
 
 class ThreeFactorLinear(nn.Module):

@@ -128,12 +128,13 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[
     gc.collect()
     if gpu:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(base.device)
         held = torch.cuda.memory_allocated(base.device)
     start = time.perf_counter()
     with train(base, data, case, **how) as losses:
         with FlopCounterMode(display=False) as counter, _kept() as kept:  # not compiled: what runs under a counter once is never compiled again
             first = next(losses)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(base.device)  # the counter holds on to what goes into every module
         with base.compiled() if compiled else nullcontext():
             begin = time.perf_counter()
             next(losses)

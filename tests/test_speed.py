@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from metalora import drawing, growth, speed, standin
+from metalora import drawing, graph, growth, speed, standin
 from metalora.adapter import attach_plain, trainable
 from metalora.base import Base
 from metalora.config import FlowConfig
@@ -138,6 +138,63 @@ def test_folded_and_loaded_people_draw_the_same(base):
             pictures.append(np.asarray(render(base, text, 32, 32, 2, 1.0, 0)).astype(int))
     bare, folded, loaded = pictures
     assert abs(folded - loaded).max() <= 1 < abs(folded - bare).max()
+
+
+@pytest.mark.one_family
+def test_float8_layers_are_compiled_and_learn_the_same(monkeypatch):
+    family = speed.FULL_SIZE["flux-dev"]
+    small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(family, "configs", {**family.configs, "transformer": {**family.configs["transformer"], **small}})
+    base, case, losses = standin.random_base("flux-dev", family, torch.device("cpu"), "fp8"), Case(32, 5), []
+    data = standin.random_pictures(base, case)
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        with speed.meta_lora(base, data, case) as steps, base.compiled(backend="aot_eager") if compiled else nullcontext():
+            losses.append([next(steps) for _ in range(3)])
+            steps.close()
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@pytest.mark.one_family
+def test_a_denoising_step_is_recorded_once_for_all_pictures_of_a_size(base, monkeypatch):
+    """What a GPU would record is counted here and done as ever."""
+    recordings = []
+
+    class Counted:
+        def __init__(self, work):
+            recordings.append(work)
+            self.work = work
+
+        def __call__(self, inputs):
+            return self.work(inputs)
+
+    monkeypatch.setattr(graph, "Recorded", Counted)
+    playing, text = graph.Playing(), standin.random_text(base, 5, 1)
+
+    def picture(side, people=None):
+        with playing.of(base.transformer, people):
+            return render(base, text, side, side, 2, 1.0, 0).tobytes()
+
+    before = render(base, text, 32, 32, 2, 1.0, 0).tobytes()
+    assert picture(32) == picture(32) == before and len(recordings) == 1
+    picture(64)
+    picture(64, [("somebody", 1.0)])
+    assert len(recordings) == 3 and "forward" not in vars(base.transformer)
+    playing.forget()
+    assert picture(32) == before and len(recordings) == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU records")
+def test_pictures_that_are_played_from_a_recording_are_the_same_pictures():
+    base = Base.open("miniature", "cuda", plan="folding")
+    side, people = base.settings.resolution, [standin.random_person(base, 1, seed) for seed in (0, 1)]
+    text, playing = standin.random_text(base, 5, 1), graph.Playing()
+    for person in (0, 1, 0):
+        use_people(base, [people[person]])
+        plain = np.asarray(render(base, text, side, side, 4, 1.0, 0)).astype(int)
+        with playing.of(base.transformer, None):
+            played = np.asarray(render(base, text, side, side, 4, 1.0, 0)).astype(int)
+        assert abs(plain - played).max() <= 2
 
 
 @pytest.mark.one_family

@@ -175,6 +175,24 @@ def test_steps_that_are_played_from_a_recording_are_the_same_steps():
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
 
 
+def test_cudnn_never_meets_two_layouts_of_an_attention_s_gradient(base, monkeypatch):
+    """It would take the plan that was made for one of them for the other, and read past its end."""
+    attention, alike = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(*given, **more):
+        output, cudnn = attention(*given, **more), torch.backends.cuda.cudnn_sdp_enabled()
+        output.register_hook(lambda grad: alike.append(not cudnn or grad.transpose(1, 2).is_contiguous()))
+        return output
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    case = Case(base.settings.train_resolution, 5, batch=2)
+    with meta_lora(base, random_pictures(base, case), case) as steps:
+        next(steps)
+        steps.close()
+    config = base.transformer.config
+    assert alike == [True] * (config.num_layers + config.num_single_layers)
+
+
 def test_reports_count_up_and_time_runs_out():
     clock = Clock(3)
     reports = [clock.tick(0.5) for _ in range(3)]
