@@ -163,11 +163,14 @@ class Bench:
     def claim(self, method: Method, common: dict[str, Any], people: Sequence[Someone]) -> None:
         """Write down what the method's folder is made with; MetaLoraError where it was made with something else."""
         base = self.personalizer.base
-        settings = common | {"base": base.name, "fingerprint": base.fingerprint, "steps": self.steps(method), "adapt": repr(replace(self.settings(method), steps=0))}
+        settings = common | {"base": base.name, "fingerprint": base.fingerprint, "steps": self.steps(method)}
+        if method.kind in LEARNING:
+            settings["adapt"] = repr(replace(self.settings(method), steps=0))
         if method.degrade:
             settings["degrade"] = asdict(method.degrade)
         if method.kind == "meta-lora":
-            settings["meta_down"] = {d: self.personalizer.meta_down(d).stamp for d in sorted({p.subject.domain for p in people})}
+            downs = {domain: self.personalizer.meta_down(domain) for domain in sorted({p.subject.domain for p in people})}
+            settings |= {"meta_down": {d: down.stamp for d, down in downs.items()}, "adapter": {d: repr(down.adapter) for d, down in downs.items()}}
         path = self.output / folder_of(method.name) / SETTINGS
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
