@@ -22,10 +22,10 @@ BODY, COLLAR, TIE, LAPEL, ROLL = range(5)
 def neckline(top: str, place: Tensor) -> Tensor:
     """Height of a garment's upper edge at a template place (n, 3) -> (n,)."""
     across, front = place[:, 0].abs(), ((-0.01 - place[:, 1]) / 0.03).clamp(0, 1)
-    crew = front * (0.521 + 7 * across**2) + (1 - front) * (0.550 + 0.2 * across)
-    return {"t-shirt": crew, "striped": crew + 0.003, "v-neck": front * (0.474 + 1.20 * across) + (1 - front) * (0.553 + 0.2 * across),
-            "turtleneck": 0.560 + 0 * across, "suit": 0.552 + 0.18 * across,
-            "shirt": front * (0.474 + 1.6 * across) + (1 - front) * 0.562}[top]
+    crew = lambda: front * (0.521 + 7 * across**2) + (1 - front) * (0.550 + 0.2 * across)
+    return {"t-shirt": crew, "striped": lambda: crew() + 0.003, "v-neck": lambda: front * (0.474 + 1.20 * across) + (1 - front) * (0.553 + 0.2 * across),
+            "turtleneck": lambda: 0.560 + 0 * across, "suit": lambda: 0.552 + 0.18 * across,
+            "shirt": lambda: front * (0.474 + 1.6 * across) + (1 - front) * 0.562}[top]()
 
 
 def opening(z):

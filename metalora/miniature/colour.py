@@ -1,14 +1,17 @@
 """sRGB and linear light, and the soft edges that pictures are blended with."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 GAMMA = 2.2
 
 
-def linear(srgb: tuple[int, int, int], device: torch.device | str = "cpu") -> Tensor:
-    """An sRGB colour 0..255 as linear light (3,)."""
-    return (torch.tensor(srgb, dtype=torch.float32, device=device) / 255) ** GAMMA
+@lru_cache(maxsize=None)
+def linear(srgb: tuple[int, int, int]) -> Tensor:
+    """An sRGB colour 0..255 as linear light (3,), on the CPU."""
+    return (torch.tensor(srgb, dtype=torch.float32) / 255) ** GAMMA
 
 
 def display(light: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What is worn on the head: geometry that is made once on the template and moves with it."""
 
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -23,8 +23,14 @@ class Prop:
     grain: Tensor  # (p, 4) direction of a strand, on the template, and its tone in 0..1; zero for what is no hair
 
     def to(self, device: torch.device) -> "Prop":
-        """The same on a device."""
-        return self if device.type == "cpu" else Prop(*(getattr(self, field.name).to(device) for field in fields(self)))
+        """The same on a device. The copy is kept: many pictures show it, and hair is of megabytes."""
+        if device.type != "cpu" and device not in self._copies:
+            self._copies[device] = Prop(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return self._copies.get(device, self)
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, "Prop"]:
+        return {}
 
     def on(self, displacement: Tensor) -> Tensor:
         """Positions (p, 3) on a head whose vertices have moved from the template by `displacement` (v, 3)."""

@@ -52,7 +52,7 @@ class Palette:
 
     def __init__(self, pairs: list[tuple[Person, Scene]], device: torch.device):
         self.pairs, self.device = pairs, device
-        tones = torch.stack([linear(c, device) for c in SKIN_TONES])
+        tones = self._colours(SKIN_TONES)
         tone = torch.tensor([who.tone for who, _ in pairs], device=device)
         low = tone.long().clamp(max=len(SKIN_TONES) - 2)
         self.skin = torch.lerp(tones[low], tones[low + 1], (tone - low)[:, None]) * 0.80
@@ -70,7 +70,7 @@ class Palette:
         self.rim_direction = torch.nn.functional.normalize(self.numbers(lambda w, s: (LIGHTS[s.light].rim_side, 0.75, 0.35)), dim=1)
 
     def _colours(self, colours) -> Tensor:
-        return torch.stack([linear(c, self.device) for c in colours])
+        return torch.stack([linear(c) for c in colours]).to(self.device)  # one copy, not one a colour
 
     def numbers(self, read) -> Tensor:
         return torch.tensor([read(who, s) for who, s in self.pairs], dtype=torch.float32, device=self.device)
