@@ -248,6 +248,19 @@ def test_muon_steps_as_torchs_own_does(shape: tuple[int, int]):
     assert 0.6 < values.min() and values.max() < 1.3
 
 
+def test_muon_steps_matrices_together_as_it_does_one_by_one():
+    """As on a GPU: those of a shape at once."""
+    torch.manual_seed(0)
+    shapes = [(24, 32), (32, 24), (24, 96), (24, 32), (96, 24), (24, 24), (32, 24)]
+    one, together = (Muon([torch.randn(shape, generator=torch.Generator().manual_seed(3)) for shape in shapes], weight_decay=0.1) for _ in range(2))
+    for _ in range(3):
+        gradients = [torch.randn(shape) for shape in shapes]
+        one.step(gradients, 0.1)
+        together.step_together(gradients, 0.1)
+    torch.testing.assert_close(together.matrices, one.matrices, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together.moments, one.moments)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_kernels_of_either_layout_train(layout: torch.memory_format):
     layer = torch.nn.Conv2d(16, 24, 3, bias=False).to(memory_format=layout)
