@@ -32,7 +32,7 @@ from metalora.miniature.features import Latents, cached, encode_latents
 from metalora.miniature.meta_down import People
 from metalora.miniature.optimizer import Muon, Optimizer
 from metalora.miniature.people import HELD_OUT, person, scene
-from metalora.miniature.pipeline import build_pipeline, clip_tokenizer, save_pipeline, t5_tokenizer
+from metalora.miniature.pipeline import Spelling, build_pipeline, clip_tokenizer, save_pipeline, t5_tokenizer
 from metalora.miniature.shards import draw_captioned, load_shards
 from metalora.miniature.training import Job, Trainer, TrainingConfig, write_result
 from metalora.miniature.vae import load_vae, random_crops, train_decoder, train_vae, trained_vae, vae_loss
@@ -121,6 +121,15 @@ def test_clip_s_tokenizer_keeps_words_whole_and_spells_the_rest():
     for word in (word for word in vocabulary() if word.isalpha()):
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
     assert tokenizer.decode(tokenizer("quixotic zebra", add_special_tokens=False).input_ids) == "quixotic zebra"
+
+
+@pytest.mark.parametrize("length", [32, 9])
+def test_texts_are_put_together_from_words_as_the_tokenizers_would(data: Path, length: int):
+    t5, clip = t5_tokenizer(vocabulary(), 32), clip_tokenizer(vocabulary(), 77)
+    texts = draw_captioned(load_shards(data).records, 200, torch.Generator().manual_seed(1), 0.2, 0.1).captions + ["", "Unheard-of: a woman's 3 zebras"]
+    whole = t5(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+    longest = clip(texts, padding="longest", truncation=True, max_length=length, return_tensors="pt").input_ids
+    assert torch.equal(Spelling(t5, length)(texts, whole=True), whole) and torch.equal(Spelling(clip, length)(texts), longest)
 
 
 # Shards
