@@ -34,7 +34,7 @@ from metalora.miniature.optimizer import Muon, Optimizer
 from metalora.miniature.people import HELD_OUT, person, scene
 from metalora.miniature.pipeline import Spelling, build_pipeline, clip_tokenizer, save_pipeline, t5_tokenizer
 from metalora.miniature.shards import draw_captioned, load_shards
-from metalora.miniature.training import Job, Trainer, TrainingConfig, write_result
+from metalora.miniature.training import Draws, Job, Trainer, TrainingConfig, write_result
 from metalora.miniature.vae import load_vae, random_crops, train_decoder, train_vae, trained_vae, vae_loss
 from metalora.prompts import Captioner
 from tests.conftest import TINY, in_processes, state_hash
@@ -204,6 +204,13 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, data: Pat
     assert state_hash(resumed.module) == state_hash(whole.module) != start
 
 
+def test_a_thread_that_draws_ahead_draws_the_same():
+    draw = lambda step: torch.rand(3, generator=torch.Generator().manual_seed(step))  # noqa: E731
+    here, ahead = Draws(draw, ahead=False), Draws(draw, ahead=True)
+    assert all(torch.equal(here.of(step), ahead.of(step)) for step in range(4, 9))
+    ahead.close()
+
+
 PROCESS = """
 import sys, torch
 from pathlib import Path
@@ -369,13 +376,13 @@ def test_the_alignment_sees_the_clean_picture_of_its_row_and_only_where_there_ar
     alignment = base_training.Alignment(pipeline.transformer, views)
     base_training.validation_loss(denoiser, shards, latents)
     batch = draw_captioned(shards.records, 4, torch.Generator().manual_seed(0))
-    text = denoiser.encode(batch.captions)
+    text = denoiser.encode(*denoiser.tokens(batch.captions))
     denoiser.velocity(latents.draw(batch, torch.Generator()), torch.full((4,), 0.5), text, torch.ones(4))
     (tokens,) = alignment._seen
     views[batch.mirrored.long(), batch.chosen] = alignment.project(tokens).detach()
     alignment.loss(batch).backward()
     assert not alignment._seen and pipeline.transformer.x_embedder.weight.grad is not None
-    denoiser.velocity(latents.draw(batch, torch.Generator()), torch.full((4,), 0.5), denoiser.encode(batch.captions), torch.ones(4))
+    denoiser.velocity(latents.draw(batch, torch.Generator()), torch.full((4,), 0.5), denoiser.encode(*denoiser.tokens(batch.captions)), torch.ones(4))
     alignment._seen[0] = tokens
     assert alignment.loss(batch) < 1e-5
 

@@ -12,7 +12,7 @@ from torch import nn
 from metalora.miniature import captions
 from metalora.miniature.clip import UNSEEN, softened
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, products, read_result, write_result
+from metalora.miniature.training import Job, Trainer, generator_on, products, read_result, send, write_result
 from metalora.miniature.vae import to_floats
 
 NAME = "attributes"  # of the training
@@ -87,17 +87,22 @@ class AttributeTask:
     true: torch.Tensor
     batch_size: int
 
-    def loss(self, generator: torch.Generator) -> torch.Tensor:
+    def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures, and on the CPU what is true of them."""
+        device = self.classifier.heads.weight.device
         chosen = torch.randint(len(self.shards), (self.batch_size,), generator=generator)
         mirror = torch.rand(self.batch_size, generator=generator) < 0.5
-        images = softened(to_floats(self.shards.pictures(chosen, mirror)), generator)
-        images = images + 0.04 * torch.randn(images.shape, generator=generator)
-        device = self.classifier.heads.weight.device
-        with products(device):
-            logits = self.classifier(images.to(device, memory_format=torch.channels_last)).float()
-        true = self.true[mirror.long(), chosen].to(device)
+        images = softened(to_floats(send(self.shards.pictures(chosen, mirror), device)), generator)
+        images = images + 0.04 * torch.randn(images.shape, generator=generator_on(device, generator), device=device)
+        return images.to(memory_format=torch.channels_last), self.true[mirror.long(), chosen]
+
+    def loss(self, drawn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        images, true = drawn
+        with products(images.device):
+            logits = self.classifier(images).float()
         parts = logits.split([len(classes) for classes in HEADS.values()], 1)
-        seen = [k for k in range(len(HEADS)) if (true[:, k] != UNSEEN).any()]
+        seen = [k for k in range(len(HEADS)) if (true[:, k] != UNSEEN).any()]  # read while it is on the CPU
+        true = send(true, images.device)
         return torch.stack([F.cross_entropy(parts[k], true[:, k], ignore_index=UNSEEN, label_smoothing=0.05) for k in seen]).mean()
 
 
@@ -126,7 +131,7 @@ def train_attributes(job: Job) -> dict:
     def right(count: int) -> dict[str, float]:
         return accuracy(classifier.read_off(validation.images[:count].to(job.device)).cpu(), unseen[:count])
 
-    result = trainer.run(task.loss, lambda t: print(f"{NAME}: step {t.step}, {sum(right(400).values()) / len(HEADS):.1%}", flush=True))
+    result = trainer.run(task.loss, lambda t: print(f"{NAME}: step {t.step}, {sum(right(400).values()) / len(HEADS):.1%}", flush=True), task.draw)
     found = right(len(validation))
     figures = job.figures(result, config) | {"right": {head: round(share, 4) for head, share in found.items()}}
     figures["mean_right"] = round(sum(found.values()) / len(found), 4)

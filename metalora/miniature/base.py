@@ -1,7 +1,7 @@
 """Trains the miniature's transformer together with its T5 encoder, on cached latents of the portrait world.
 
 Flow matching as FLUX does it: noisy = (1 - sigma) x + sigma n, target n - x. Attention over some ninety tokens is
-quickest as plain products, and the blocks are compiled. The cells of the face count more in the loss than the rest: detail of hair and
+quickest as plain products on a CPU, and the blocks are compiled. The cells of the face count more in the loss than the rest: detail of hair and
 places, of which there is more, would be learnt before the face.
 
 What the transformer has made of the picture after its double-stream blocks is aligned with what the miniature's CLIP sees in the
@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -28,9 +28,9 @@ from metalora.generate import seeded
 from metalora.miniature.captions import vocabulary
 from metalora.miniature.clip import trained_clip
 from metalora.miniature.features import Latents, cached, encode_latents, encode_patches
-from metalora.miniature.pipeline import build_pipeline
+from metalora.miniature.pipeline import Spelling, build_pipeline
 from metalora.miniature.shards import Batch, Shards, draw_captioned, load_shards
-from metalora.miniature.training import Job, Trainer, products, read_result, write_result
+from metalora.miniature.training import Job, Trainer, generator_on, products, read_result, send, write_result
 from metalora.miniature.vae import trained_vae
 
 TRIGGER_SHARE = 0.15  # so that "sks woman" means nobody in particular before it is bound to a person
@@ -60,7 +60,7 @@ class Alignment(nn.Module):
         super().__init__()
         width = transformer.inner_dim
         self.project = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, views.shape[-1]))
-        self._views, self._seen = [views], []  # in lists: neither trains nor is kept in a checkpoint
+        self._views, self._seen = [views.to(transformer.device)], []  # in lists: neither trains nor is kept in a checkpoint
         transformer.transformer_blocks[-1].register_forward_hook(self._see)
 
     def _see(self, block: nn.Module, given: tuple, made: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -70,7 +70,7 @@ class Alignment(nn.Module):
     def loss(self, batch: Batch) -> torch.Tensor:
         """One less the mean cosine of the tokens of the last forward pass and the patches of the batch's pictures."""
         tokens = self._seen.pop()
-        views = self._views[0][batch.mirrored.long(), batch.chosen].to(tokens.device).float()
+        views = self._views[0][batch.rows].float()
         return 1 - torch.cosine_similarity(self.project(tokens).float(), views, dim=-1).mean()
 
 
@@ -97,6 +97,7 @@ class Denoiser(nn.Module):
         self.t5: T5EncoderModel = pipeline.text_encoder_2
         self._pipeline = [pipeline]  # in a list: the frozen parts are no part of the checkpoint
         self.length = max_sequence_length
+        self._spellings = Spelling(pipeline.tokenizer_2, max_sequence_length), Spelling(pipeline.tokenizer, pipeline.tokenizer_max_length)
 
     @property
     def pipeline(self) -> FluxPipeline:
@@ -106,34 +107,40 @@ class Denoiser(nn.Module):
     def device(self) -> torch.device:
         return self.transformer.device
 
-    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """T5 states (n, length, width) with gradients and the CLIP tower's pooled states (n, width) without."""
-        ids = self.pipeline.tokenizer_2(captions, padding="max_length", truncation=True, max_length=self.length,
-                                        return_tensors="pt").input_ids.to(self.device)
-        clip_ids = self.pipeline.tokenizer(captions, padding="longest", truncation=True, return_tensors="pt",
-                                           max_length=self.pipeline.tokenizer_max_length).input_ids
+    def tokens(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """T5's (n, length) and CLIP's (n, longest)."""
+        t5, clip = self._spellings
+        return send(t5(captions, whole=True), self.device), send(clip(captions), self.device)
+
+    def encode(self, ids: torch.Tensor, clip_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of tokens T5's states (n, length, width) with gradients and the CLIP tower's pooled states (n, width) without."""
         with torch.no_grad():
-            pooled = self.pipeline.text_encoder(clip_ids.to(self.device)).pooler_output
+            pooled = self.pipeline.text_encoder(clip_ids).pooler_output
         return self.t5(ids).last_hidden_state, pooled
 
     def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, text: tuple[torch.Tensor, torch.Tensor],
                  guidance: torch.Tensor) -> torch.Tensor:
-        """Predicted n - x: (n, channels, h, w) for sigma (n,) and guidance (n,), on their device."""
-        here, (noisy, sigma, guidance) = noisy.device, (t.to(self.device) for t in (noisy, sigma, guidance))
+        """Predicted n - x: (n, channels, h, w) for sigma (n,) and guidance (n,)."""
         n, channels, height, width = noisy.shape
         packed = FluxPipeline._pack_latents(noisy, n, channels, height, width)
-        ids = FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, self.device, torch.float32)
+        ids = _image_ids(height // 2, width // 2, noisy.device)
         output = self.transformer(
             hidden_states=packed, timestep=sigma, guidance=guidance, encoder_hidden_states=text[0],
-            pooled_projections=text[1], txt_ids=torch.zeros(self.length, 3, device=self.device), img_ids=ids, return_dict=False)[0]
+            pooled_projections=text[1], txt_ids=torch.zeros(self.length, 3, device=noisy.device), img_ids=ids, return_dict=False)[0]
         grid = output.float().view(n, height // 2, width // 2, channels, 2, 2)
-        return grid.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape).to(here)
+        return grid.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
+
+
+@lru_cache(maxsize=8)
+def _image_ids(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """The places of the picture's tokens, sent to the device once."""
+    return FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, torch.float32)
 
 
 def noised(x: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy latents, their noise, and sigma (n,), logit-normal as for FLUX and Stable Diffusion 3."""
-    sigma = torch.sigmoid(torch.randn(len(x), generator=generator))
-    noise = torch.randn(x.shape, generator=generator)
+    """Noisy latents, their noise, and sigma (n,), logit-normal as for FLUX and Stable Diffusion 3; by a generator on the latents' device."""
+    sigma = torch.sigmoid(torch.randn(len(x), generator=generator, device=x.device))
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
     weight = sigma.view(-1, 1, 1, 1)
     return (1 - weight) * x + weight * noise, noise, sigma
 
@@ -145,7 +152,7 @@ def face_weights(boxes: torch.Tensor, mirrored: torch.Tensor, size: int, cells: 
     """
     left, top, right, bottom = boxes[:, :, None].unbind(1)  # (n, 1) each
     left, right = (torch.where(mirrored[:, None], size - other, own) for own, other in ((left, right), (right, left)))
-    centre = (torch.arange(cells) + 0.5) * (size / cells)
+    centre = (torch.arange(cells, device=boxes.device) + 0.5) * (size / cells)
     inside = ((centre > top) & (centre < bottom))[:, :, None] & ((centre > left) & (centre < right))[:, None]
     weights = 1 + (FACE_WEIGHT - 1) * inside[:, None].float()
     return weights / weights.mean()
@@ -153,9 +160,26 @@ def face_weights(boxes: torch.Tensor, mirrored: torch.Tensor, size: int, cells: 
 
 @contextlib.contextmanager
 def small_products(device: torch.device) -> Iterator[None]:
-    """Attention over some ninety tokens is quickest as plain products."""
-    with sdpa_kernel(SDPBackend.MATH), products(device):
+    """Attention over some ninety tokens is quickest as plain products on a CPU. On a GPU cuDNN's kernel is left out: it would plan anew for each length."""
+    kernels = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels), products(device):
         yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a step learns from, on the denoiser's device.
+
+    Args:
+        tokens: T5's and CLIP's, of the captions.
+        noisy, target: (n, channels, h, w), the latents at the noise levels sigma (n,) and what is to be predicted from them.
+    """
+
+    batch: Batch
+    tokens: tuple[torch.Tensor, torch.Tensor]
+    noisy: torch.Tensor
+    target: torch.Tensor
+    sigma: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +191,21 @@ class Task:
     latents: Latents
     batch_size: int
 
+    @cached_property
+    def boxes(self) -> torch.Tensor:
+        return self.shards.boxes.to(self.denoiser.device)
+
+    def drawn(self, batch: Batch, captions: list[str], generator: torch.Generator) -> Drawn:
+        """The batch with latents and noise by a generator on the device."""
+        device = self.denoiser.device
+        batch = dataclasses.replace(batch, chosen=send(batch.chosen, device), mirrored=send(batch.mirrored, device))
+        x = self.latents.draw(batch, generator)
+        noisy, noise, sigma = noised(x, generator)
+        return Drawn(batch, self.denoiser.tokens(captions), noisy, noise - x, sigma)
+
     def error(self, batch: Batch, velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The mean squared error of a predicted velocity, both (n, channels, h, w)."""
-        weights = face_weights(self.shards.boxes[batch.chosen], batch.mirrored, self.shards.images.shape[-1], target.shape[-1])
+        weights = face_weights(self.boxes[batch.chosen], batch.mirrored, self.shards.images.shape[-1], target.shape[-1])
         return (weights * (velocity - target).square()).mean()
 
 
@@ -179,15 +215,16 @@ class FlowTask(Task):
 
     alignment: Alignment
 
-    def loss(self, generator: torch.Generator) -> torch.Tensor:
+    def draw(self, generator: torch.Generator) -> Drawn:
         batch = draw_captioned(self.shards.records, self.batch_size, generator, TRIGGER_SHARE, DROPPED_SHARE)
-        x = self.latents.draw(batch, generator)
-        noisy, noise, sigma = noised(x, generator)
+        return self.drawn(batch, batch.captions, generator_on(self.denoiser.device, generator))
+
+    def loss(self, drawn: Drawn) -> torch.Tensor:
         with small_products(self.denoiser.device):
-            text = self.denoiser.encode(batch.captions)
-            velocity = self.denoiser.velocity(noisy, sigma, text, torch.ones_like(sigma))
-            apart = self.alignment.loss(batch)
-        return self.error(batch, velocity, noise - x) + ALIGNMENT_WEIGHT * apart
+            text = self.denoiser.encode(*drawn.tokens)
+            velocity = self.denoiser.velocity(drawn.noisy, drawn.sigma, text, torch.ones_like(drawn.sigma))
+            apart = self.alignment.loss(drawn.batch)
+        return self.error(drawn.batch, velocity, drawn.target) + ALIGNMENT_WEIGHT * apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,27 +237,34 @@ class GuidanceTask(Task):
 
     teacher: Denoiser
 
-    def loss(self, generator: torch.Generator) -> torch.Tensor:
-        true_rows = round(TRUE_SHARE * self.batch_size)
+    @property
+    def true_rows(self) -> int:
+        return round(TRUE_SHARE * self.batch_size)
+
+    def draw(self, generator: torch.Generator) -> tuple[Drawn, torch.Tensor]:
+        """A batch before whose captions stands an empty one, and the guidance (n,) of its rows."""
         batch = draw_captioned(self.shards.records, self.batch_size, generator, TRIGGER_SHARE)
-        captions = batch.captions[:]
-        captions[: round(true_rows * DROPPED_SHARE)] = [""] * round(true_rows * DROPPED_SHARE)
-        x = self.latents.draw(batch, generator)
-        noisy, noise, sigma = noised(x, generator)
+        dropped = round(self.true_rows * DROPPED_SHARE)
+        local = generator_on(self.denoiser.device, generator)
+        drawn = self.drawn(batch, [""] * (1 + dropped) + batch.captions[dropped:], local)
         low, high = GUIDANCE_RANGE
-        guidance = low + (high - low) * torch.rand(len(x), generator=generator)
-        guidance[:true_rows] = 1.0
-        target = noise - x
+        guidance = low + (high - low) * torch.rand(len(drawn.sigma), generator=local, device=drawn.sigma.device)
+        guidance[: self.true_rows] = 1.0
+        return drawn, guidance
+
+    def loss(self, given: tuple[Drawn, torch.Tensor]) -> torch.Tensor:
+        drawn, guidance = given
+        noisy, sigma, target = drawn.noisy, drawn.sigma, drawn.target.clone()
         with small_products(self.denoiser.device):
-            target[true_rows:] = self._guided(noisy, sigma, captions, guidance)[true_rows:]
-            velocity = self.denoiser.velocity(noisy, sigma, self.denoiser.encode(captions), guidance)
-        return self.error(batch, velocity, target)
+            target[self.true_rows:] = self._guided(noisy, sigma, drawn.tokens, guidance)[self.true_rows:]
+            velocity = self.denoiser.velocity(noisy, sigma, self.denoiser.encode(*(ids[1:] for ids in drawn.tokens)), guidance)
+        return self.error(drawn.batch, velocity, target)
 
     @torch.no_grad()
-    def _guided(self, noisy: torch.Tensor, sigma: torch.Tensor, captions: list[str],
+    def _guided(self, noisy: torch.Tensor, sigma: torch.Tensor, tokens: tuple[torch.Tensor, torch.Tensor],
                 guidance: torch.Tensor) -> torch.Tensor:
         ones = torch.ones_like(sigma)
-        states, pooled = self.teacher.encode(["", *captions])
+        states, pooled = self.teacher.encode(*tokens)
         nothing = states[:1].expand_as(states[1:]), pooled[:1].expand_as(pooled[1:])
         free = self.teacher.velocity(noisy, sigma, nothing, ones)
         told = self.teacher.velocity(noisy, sigma, (states[1:], pooled[1:]), ones)
@@ -233,9 +277,10 @@ def validation_loss(denoiser: Denoiser, shards: Shards, latents: Latents) -> flo
     generator, losses = torch.Generator().manual_seed(0), []
     for _ in range(VALIDATION_SIGMAS):
         batch = draw_captioned(shards.records, VALIDATION_PICTURES // VALIDATION_SIGMAS, generator)
-        x = latents.draw(batch, generator)
-        noisy, noise, sigma = noised(x, generator)
-        velocity = denoiser.velocity(noisy, sigma, denoiser.encode(batch.captions), torch.ones_like(sigma))
+        local = generator_on(denoiser.device, generator)
+        x = latents.draw(batch, local)
+        noisy, noise, sigma = noised(x, local)
+        velocity = denoiser.velocity(noisy, sigma, denoiser.encode(*denoiser.tokens(batch.captions)), torch.ones_like(sigma))
         losses.append((velocity - (noise - x)).square().mean().item())
     return sum(losses) / len(losses)
 
@@ -298,7 +343,7 @@ def train_base(job: Job, distill: bool = False, compiled: bool = True) -> dict:
     folder = job.work / name
     with PartialState(cpu=True).main_process_first():
         everybody = Latents(**cached("latents", job, pipeline.vae.encoder.conv_in.weight, partial(encode_latents, pipeline.vae)))
-    latents, unseen = everybody.select(learnt), everybody.select(~learnt)
+    latents, unseen = (everybody.select(mask).to(pipeline.device) for mask in (learnt, ~learnt))
     denoiser = Denoiser(pipeline, job.model.max_sequence_length)
     config = job.training(learning_rate=1e-3 if distill else 4e-3, batch_size=32, anneal_from=0.3, warmup_steps=100, tasks_every=600.0)
     helper = None
@@ -320,7 +365,7 @@ def train_base(job: Job, distill: bool = False, compiled: bool = True) -> dict:
     trainer = Trainer(name, denoiser, folder, config, helper)
     watch = _watcher(denoiser, job, folder, lambda: validation_loss(denoiser, validation, unseen),
                      (1.0, 2.5) if distill else (1.0,))
-    result = trainer.run(task.loss, watch)
+    result = trainer.run(task.loss, watch, task.draw)
     if trainer.is_first:
         watch(trainer)
     with torch.compiler.set_stance("force_eager"):

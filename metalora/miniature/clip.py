@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer, CLIPVisionConfig
 
 from metalora.miniature.captions import MIRRORED, attribute_phrases, value_of, vocabulary
-from metalora.miniature.pipeline import MiniatureConfig, clip_text_config, clip_tokenizer
+from metalora.miniature.pipeline import MiniatureConfig, Spelling, clip_text_config, clip_tokenizer
 from metalora.miniature.shards import Batch, Shards, draw_captioned, load_shards
-from metalora.miniature.training import Job, Trainer, products, read_result, write_result
+from metalora.miniature.training import Job, Trainer, products, read_result, send, write_result
 from metalora.miniature.vae import to_floats
 
 VISION_WIDTH, VISION_LAYERS, VISION_HEADS, PATCH = 128, 4, 4, 16
@@ -45,19 +45,14 @@ def softened(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     size = images.shape[-1]
     kind = torch.rand(len(images), generator=generator)
     for low, high, part in ((0.0, 0.17, size // 2), (0.17, 0.33, 2 * size // 3)):
-        rows = ((kind >= low) & (kind < high)).nonzero().flatten()
+        rows = send(((kind >= low) & (kind < high)).nonzero().flatten(), images.device)
         small = F.interpolate(images[rows], size=(part, part), mode="area")
         images[rows] = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
     return images
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> torch.Tensor:
-    """Token ids (n, longest): attention is causal and the end token is read, so padding beyond it changes nothing."""
-    return tokenizer(texts, padding="longest", truncation=True, max_length=length, return_tensors="pt").input_ids
-
-
 def contrast(clip: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit features of pictures and captions: 2 x (n, projection)."""
+    """Unit features of pictures and captions: 2 x (n, projection). Attention is causal and the end token is read, so padding beyond it changes nothing."""
     pictures = clip.visual_projection(clip.vision_model(pixel_values=pixels.to(clip.device)).pooler_output)
     captions = clip.text_projection(clip.text_model(input_ids=ids.to(clip.device)).pooler_output)
     return F.normalize(pictures.float(), dim=-1), F.normalize(captions.float(), dim=-1)
@@ -66,9 +61,9 @@ def contrast(clip: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[
 class Phrases:
     """Which phrase of each group of `captions.attribute_phrases` is true of a picture, for a loss that asks for it."""
 
-    def __init__(self, shards: Shards, tokenizer: CLIPTokenizer, length: int):
+    def __init__(self, shards: Shards, spelling: Spelling):
         groups = attribute_phrases()
-        self.ids = tokenize(tokenizer, [phrase for group in groups.values() for phrase in group.values()], length)  # (all phrases, longest)
+        self.ids = spelling([phrase for group in groups.values() for phrase in group.values()])  # (all phrases, longest)
         sizes = [len(group) for group in groups.values()]
         self.spans = [slice(sum(sizes[:k]), sum(sizes[:k + 1])) for k in range(len(sizes))]
         numbers = [{value: k for k, value in enumerate(group)} for group in groups.values()]
@@ -80,16 +75,16 @@ class Phrases:
 
     def loss(self, pictures: torch.Tensor, phrases: torch.Tensor, scale: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Cross-entropy of the right phrase within its group, a mean over the groups; features (n, d), (all phrases, d)."""
-        logits, true = scale * pictures @ phrases.T, self.true[batch.mirrored.long(), batch.chosen].to(pictures.device)
-        losses = [F.cross_entropy(logits[:, span], true[:, k], ignore_index=UNSEEN) for k, span in enumerate(self.spans) if (true[:, k] != UNSEEN).any()]
-        return torch.stack(losses).mean()
-
+        logits, true = scale * pictures @ phrases.T, self.true[batch.rows]
+        shown = (true != UNSEEN).any(0).nonzero().flatten().tolist()  # read while it is on the CPU
+        true = send(true, pictures.device)
+        return torch.stack([F.cross_entropy(logits[:, self.spans[k]], true[:, k], ignore_index=UNSEEN) for k in shown]).mean()
 
     @torch.no_grad()
     def right(self, clip: CLIPModel, images: torch.Tensor) -> dict[str, float]:
         """How often the true phrase of a group comes first, by group, on the pictures that show one."""
         phrases = F.normalize(clip.text_projection(clip.text_model(input_ids=self.ids.to(clip.device)).pooler_output), dim=-1)
-        parts = [clip.visual_projection(clip.vision_model(pixel_values=to_floats(part).to(clip.device)).pooler_output) for part in images.split(64)]
+        parts = [clip.visual_projection(clip.vision_model(pixel_values=to_floats(part.to(clip.device))).pooler_output) for part in images.split(64)]
         logits = (torch.cat(parts) @ phrases.T).cpu()
         first = torch.stack([logits[:, span].argmax(1) for span in self.spans], 1)  # (n, groups)
         shown = self.true[0] != UNSEEN
@@ -102,19 +97,22 @@ class ClipTask:
     """CLIP's symmetric loss over a batch of pictures with captions, and the loss of single phrases, for which captioning asks it."""
 
     clip: CLIPModel
-    tokenizer: CLIPTokenizer
+    spelling: Spelling
     shards: Shards
     phrases: Phrases
     batch_size: int
-    clip_tokens: int
 
-    def loss(self, generator: torch.Generator) -> torch.Tensor:
-        batch = draw_captioned(self.shards.records, self.batch_size, generator)
-        images = to_floats(self.shards.pictures(batch.chosen, batch.mirrored))
-        ids = tokenize(self.tokenizer, batch.captions, self.clip_tokens)
+    def draw(self, generator: torch.Generator) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+        """A batch, its pictures, of which some are softened, and the tokens of its captions."""
+        batch, device = draw_captioned(self.shards.records, self.batch_size, generator), self.clip.device
+        images = to_floats(send(self.shards.pictures(batch.chosen, batch.mirrored), device))
+        return batch, softened(images, generator), send(self.spelling(batch.captions), device)
+
+    def loss(self, drawn: tuple[Batch, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        batch, images, ids = drawn
         with products(self.clip.device):
-            pictures, captions = contrast(self.clip, softened(images, generator), ids)
-            phrases = self.clip.text_projection(self.clip.text_model(input_ids=self.phrases.ids.to(self.clip.device)).pooler_output)
+            pictures, captions = contrast(self.clip, images, ids)
+            phrases = self.clip.text_projection(self.clip.text_model(input_ids=send(self.phrases.ids, self.clip.device)).pooler_output)
         scale = self.clip.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         named = self.phrases.loss(pictures, F.normalize(phrases.float(), dim=-1), scale, batch)
         logits = scale * pictures @ captions.T  # (n, n)
@@ -128,8 +126,7 @@ class ClipTask:
         for _ in range(galleries):
             batch = draw_captioned(validation.records, GALLERY, generator)
             images = to_floats(validation.pictures(batch.chosen, batch.mirrored))
-            ids = tokenize(self.tokenizer, batch.captions, self.clip_tokens)
-            pictures, captions = contrast(self.clip, images, ids)
+            pictures, captions = contrast(self.clip, images, self.spelling(batch.captions))
             best = (pictures @ captions.T).argmax(dim=1).tolist()
             hits += [batch.captions[first] == own for first, own in zip(best, batch.captions, strict=True)]
         return sum(hits) / len(hits)
@@ -147,13 +144,13 @@ def train_clip(job: Job) -> dict:
     training, validation = load_shards(*job.data).split()
     torch.manual_seed(job.seed)
     tokenizer = clip_tokenizer(vocabulary(), job.model.clip_tokens)
-    clip = build_clip(job.model, tokenizer).to(job.device)
+    clip, spelling = build_clip(job.model, tokenizer).to(job.device), Spelling(tokenizer, job.model.clip_tokens)
     config = job.training(learning_rate=3e-3, batch_size=64, weight_decay=0.05, ema=0.995)
-    task = ClipTask(clip, tokenizer, training, Phrases(training, tokenizer, job.model.clip_tokens), config.batch_size, job.model.clip_tokens)
+    task = ClipTask(clip, spelling, training, Phrases(training, spelling), config.batch_size)
     trainer = Trainer("clip", clip, job.work / "clip", config)
     result = trainer.run(task.loss, lambda t: print(
-        f"clip: step {t.step}, right of 100: {task.right_of_hundred(validation, 2):.1%}", flush=True))
+        f"clip: step {t.step}, right of 100: {task.right_of_hundred(validation, 2):.1%}", flush=True), task.draw)
     figures = job.figures(result, config) | {"right_of_100_captions": round(task.right_of_hundred(validation), 4)}
-    figures["right_phrase"] = Phrases(validation, tokenizer, job.model.clip_tokens).right(clip, validation.images)
+    figures["right_phrase"] = Phrases(validation, spelling).right(clip, validation.images)
     write_result(job.work / "clip", clip, figures)
     return figures

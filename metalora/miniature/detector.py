@@ -15,7 +15,7 @@ from torch import nn
 
 from metalora.miniature.facepack import DETECTOR_FILE, Analyser, disturbed, export_onnx, overlaps
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, write_result
+from metalora.miniature.training import Job, Trainer, send, write_result
 
 STRIDES, ANCHORS = (8, 16, 32), 2
 LEVELS = ((0.0, 30.0), (20.0, 60.0), (44.0, 1e9))  # longer side of the faces, px, that each stride is to find
@@ -233,14 +233,13 @@ def train_detector(job: Job) -> dict:
     config = job.training(learning_rate=3e-3, batch_size=32, ema=0.99, clip_norm=5.0)
     trainer = Trainer("face-detector", detector, folder, config)
 
-    def loss(generator: torch.Generator) -> torch.Tensor:
+    def draw(generator: torch.Generator) -> tuple[torch.Tensor, list[Canvas]]:
         rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
         size = rng.choice(CANVASES)
         canvases = [draw_canvas(training, size, rng) for _ in range(config.batch_size)]
-        images = disturbed(torch.stack([canvas.image for canvas in canvases]).float(), generator)
-        return detector_loss(detector, images.to(job.device), canvases)
+        return disturbed(send(torch.stack([canvas.image for canvas in canvases]), trainer.device).float(), generator), canvases
 
-    result = trainer.run(loss)
+    result = trainer.run(lambda drawn: detector_loss(detector, *drawn), draw=draw)
     export_detector(detector.cpu(), folder)
     figures = job.figures(result, config) | check_detector(folder, validation, job.model.size)
     write_result(folder, detector, figures)

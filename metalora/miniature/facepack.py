@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from metalora.miniature.shards import Shards
+from metalora.miniature.training import generator_on, send
 
 DETECTOR_FILE, RECOGNISER_FILE = "det.onnx", "rec.onnx"
 OPSET = 17
@@ -22,18 +23,19 @@ OPSET = 17
 
 def disturbed(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Pictures (n, 3, h, w) in [0, 255] under other light and colour, with noise, a part of them soft; in [-1, 1]."""
-    n, size = len(images), images.shape[-1]
-    uniform = torch.rand(5, n, 1, 1, 1, generator=generator)
-    tint = 1 + 0.12 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5)
+    n, size, device = len(images), images.shape[-1], images.device
+    drawn = torch.rand(5, n, 1, 1, 1, generator=generator)
+    uniform, tint = send(drawn, device), send(1 + 0.12 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5), device)
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     images = (images - mean) * (0.7 + 0.6 * uniform[0]) * tint + mean * (0.7 + 0.6 * uniform[1])
     grey = images.mean(dim=1, keepdim=True)
     images = torch.lerp(grey, images, (1.2 * uniform[2]).clamp(max=1))
-    soft = (uniform[3].flatten() < 0.35).nonzero().flatten()
-    part = round(size * (0.4 + 0.4 * uniform[4, 0].item()))
+    soft = send((drawn[3].flatten() < 0.35).nonzero().flatten(), device)
+    part = round(size * (0.4 + 0.4 * drawn[4, 0].item()))
     small = F.interpolate(images[soft], size=(part, part), mode="bilinear", align_corners=False, antialias=True)
     images[soft] = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
-    noise = torch.randn(images.shape, generator=generator) * 6 * torch.rand(n, 1, 1, 1, generator=generator)
+    local = generator_on(device, generator)
+    noise = torch.randn(images.shape, generator=local, device=device) * 6 * torch.rand(n, 1, 1, 1, generator=local, device=device)
     return (images + noise).clamp(0, 255) / 127.5 - 1
 
 

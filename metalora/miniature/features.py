@@ -23,21 +23,24 @@ class Latents:
     """Means and deviations of the VAE's posterior, scaled as the transformer sees them, of pictures and their mirrors.
 
     Args:
-        mean, deviation: (2, n, channels, h, w) float16 on the CPU; the first axis is as drawn, mirrored.
+        mean, deviation: (2, n, channels, h, w) float16; the first axis is as drawn, mirrored.
     """
 
     mean: torch.Tensor
     deviation: torch.Tensor
 
     def draw(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        """A sample of each picture's posterior, (n, channels, h, w): every step draws anew."""
-        rows = batch.mirrored.long(), batch.chosen
-        mean, deviation = self.mean[rows].float(), self.deviation[rows].float()
-        return mean + deviation * torch.randn(mean.shape, generator=generator)
+        """A sample of each picture's posterior, (n, channels, h, w): every step draws anew, by a generator on the latents' device."""
+        mean, deviation = self.mean[batch.rows].float(), self.deviation[batch.rows].float()
+        return mean + deviation * torch.randn(mean.shape, generator=generator, device=mean.device)
 
     def select(self, mask: torch.Tensor) -> "Latents":
         """Those of the pictures for which `mask` (n,) holds."""
         return Latents(self.mean[:, mask], self.deviation[:, mask])
+
+    def to(self, device: torch.device) -> "Latents":
+        """The same on a device."""
+        return Latents(self.mean.to(device), self.deviation.to(device))
 
 
 def cached(name: str, job: Job, weight: torch.Tensor, encode_images: Encode) -> dict[str, torch.Tensor]:
@@ -82,5 +85,5 @@ def encode_latents(vae: AutoencoderKL, images: torch.Tensor) -> dict[str, torch.
 @torch.no_grad()
 def encode_patches(clip: CLIPModel, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """What CLIP's vision tower makes of each patch, (n, patches, width)."""
-    parts = [clip.vision_model(pixel_values=to_floats(part).to(clip.device)).last_hidden_state[:, 1:].cpu() for part in images.split(64)]
+    parts = [clip.vision_model(pixel_values=to_floats(part.to(clip.device))).last_hidden_state[:, 1:].cpu() for part in images.split(64)]
     return {"views": torch.cat(parts)}

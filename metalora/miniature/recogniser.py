@@ -18,7 +18,7 @@ from torch import nn
 
 from metalora.miniature.facepack import DETECTOR_FILE, RECOGNISER_FILE, check_pack, disturbed, export_onnx, separation
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, products, write_result
+from metalora.miniature.training import Job, Trainer, products, send, write_result
 
 INPUT, DIMENSIONS = 112, 512
 TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))  # ArcFace's, px
@@ -74,11 +74,9 @@ class Naming(nn.Module):
 
     def loss(self, halves: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
         """CosFace: the right person's cosine must lead by `margin`. Cosines in float32."""
-        device = self.directions.device
-        with products(device):
-            embeddings = self.recogniser.embed(halves.to(device))
+        with products(halves.device):
+            embeddings = self.recogniser.embed(halves)
         cosines = F.normalize(embeddings.float()) @ F.normalize(self.directions).T  # (n, people)
-        labels = labels.to(device)
         return F.cross_entropy(SCALE * (cosines - margin * F.one_hot(labels, len(self.directions))), labels)
 
 
@@ -98,7 +96,7 @@ def aligned(images: torch.Tensor, keypoints: torch.Tensor, step: int = 1) -> tor
     """Crops by five keypoints as InsightFace's norm_crop cuts them: (n, 3, 112 / step, 112 / step), the range of `images`.
 
     Args:
-        images: (n, 3, h, w) floats. keypoints: (n, 5, 2) px.
+        images: (n, 3, h, w) floats. keypoints: (n, 5, 2) px, on the CPU.
         step: of each square of step x step px of the crop only the middle is sampled.
     """
     factor, shift = similarity_transform(keypoints, torch.tensor(TEMPLATE))
@@ -107,7 +105,7 @@ def aligned(images: torch.Tensor, keypoints: torch.Tensor, step: int = 1) -> tor
     source = torch.view_as_real((goal - shift.view(-1, 1, 1)) / factor.view(-1, 1, 1))  # (n, rows, columns, 2) px
     height, width = images.shape[-2:]
     grid = 2 * source / torch.tensor([width - 1, height - 1]) - 1
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    return F.grid_sample(images, send(grid, images.device), mode="bilinear", padding_mode="zeros", align_corners=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,21 +121,24 @@ class NamingTask:
         object.__setattr__(self, "keypoints", self.shards.keypoints)  # (n, 5, 2)
 
     def crops(self, chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Half-size crops (batch, 3, 56, 56) of the pictures `chosen`, as a detector that errs would have them cut."""
+        """Half-size crops (batch, 3, 56, 56) of the pictures `chosen`, as a detector that errs would have them cut, on the model's device."""
+        device = self.naming.directions.device
         points = self.keypoints[chosen]
         eyes = (points[:, 1] - points[:, 0]).norm(dim=1).view(-1, 1, 1)
         slip = SLIP * torch.rand(len(chosen), 1, 1, generator=generator) * torch.randn(points.shape, generator=generator)
-        crops = aligned(self.shards.images[chosen].float(), points + eyes * slip, step=2)
-        mirror = torch.rand(len(chosen), generator=generator) < 0.5
+        crops = aligned(send(self.shards.images[chosen], device).float(), points + eyes * slip, step=2)
+        mirror, grey = (send((torch.rand(len(chosen), generator=generator) < share).nonzero().flatten(), device) for share in (0.5, GREY_SHARE))
         crops[mirror] = crops[mirror].flip(-1)
-        grey = torch.rand(len(chosen), generator=generator) < GREY_SHARE
         crops[grey] = crops[grey].mean(dim=1, keepdim=True)
         return disturbed(crops, generator)
 
-    def loss(self, generator: torch.Generator, progress: float) -> torch.Tensor:
+    def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Crops and whose they are."""
         chosen = torch.randint(len(self.shards), (self.batch_size,), generator=generator)
-        margin = MARGIN * min(1.0, progress / MARGIN_FROM)
-        return self.naming.loss(self.crops(chosen, generator), self.labels[chosen], margin)
+        return self.crops(chosen, generator), send(self.labels[chosen], self.naming.directions.device)
+
+    def loss(self, drawn: tuple[torch.Tensor, torch.Tensor], progress: float) -> torch.Tensor:
+        return self.naming.loss(*drawn, MARGIN * min(1.0, progress / MARGIN_FROM))
 
 
 def export_recogniser(recogniser: Recogniser, folder: Path) -> None:
@@ -177,7 +178,7 @@ def train_recogniser(job: Job) -> dict:
     config = job.training(learning_rate=4e-3, batch_size=64, weight_decay=0.05, ema=0.995, clip_norm=5.0)
     task = NamingTask(naming, training, config.batch_size)
     trainer = Trainer("face-recogniser", naming, folder, config)
-    result = trainer.run(lambda generator: task.loss(generator, trainer.progress))
+    result = trainer.run(lambda drawn: task.loss(drawn, trainer.progress), draw=task.draw)
     recogniser = naming.recogniser.eval().cpu()
     export_recogniser(recogniser, folder)
     figures = job.figures(result, config) | {"people": len(naming.directions), "pictures": len(training)}

@@ -103,6 +103,11 @@ class Batch:
     mirrored: torch.Tensor
     captions: list[str]
 
+    @property
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the pictures are in a table (2, n, ...) of all as drawn and all mirrored."""
+        return self.mirrored.long(), self.chosen
+
 
 def draw_captioned(records: list[dict[str, Any]], count: int, generator: torch.Generator, trigger_share: float = 0.0,
                    dropped_share: float = 0.0) -> Batch:

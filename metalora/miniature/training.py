@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from metalora.errors import MetaLoraError
 from metalora.miniature.optimizer import Optimizer
 from metalora.miniature.pipeline import MiniatureConfig
 from metalora.train import Averages, sum_over_processes
+
+READ_EVERY = 16  # steps whose losses are read off a GPU at once: who reads one waits until the GPU has done all that it was given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Job:
         data: folders of rendered shards.
         work: folder outside the source tree; a training called NAME keeps all its files in work/NAME.
         model: sizes of the miniature, the same for all trainings of one work folder.
-        device: where the weights lie; batches are drawn on the CPU, the same for every device.
+        device: where the weights lie. Which pictures and captions a step has is the same for every device; noise is drawn where it is used.
         learning_rate, batch_size: replace a training's own choice where they are not None.
     """
 
@@ -123,8 +126,41 @@ def products(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=quick)
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device. To a GPU it goes by way of pinned memory: nobody waits until it has arrived."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """What draws on the device: on a CPU the generator itself, on a GPU one that it seeds."""
+    if device.type == "cpu":
+        return generator
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+
+
+class Draws:
+    """What `draw` makes for one step after the other; `ahead`, a thread makes the next step's while this one's is used."""
+
+    def __init__(self, draw: Callable[[int], Any], ahead: bool):
+        self.draw, self.pool = draw, ThreadPoolExecutor(1) if ahead else None
+        self.coming: Future | None = None
+
+    def of(self, step: int) -> Any:
+        """The step's. Each step is asked for once, in order."""
+        if self.pool is None:
+            return self.draw(step)
+        drawn = (self.coming or self.pool.submit(self.draw, step)).result()
+        self.coming = self.pool.submit(self.draw, step + 1)
+        return drawn
+
+    def close(self) -> None:
+        """Ends the thread."""
+        if self.pool is not None:
+            self.pool.shutdown()
+
+
 class Trainer:
-    """Trains a module on `loss(generator) -> scalar` until the budget is used up.
+    """Trains a module on `loss(draw(generator)) -> scalar` until the budget is used up.
 
     Each step draws its batch with a generator seeded by the step, so that a killed run goes on from its checkpoint of
     weights, averages, optimizer and counts as if nothing had happened. Where only a result is left, as `disassemble` leaves
@@ -144,9 +180,10 @@ class Trainer:
         self.optimizer = Optimizer(self.all, config)
         self.parameters = parameters
         self.averages = Averages(parameters, config.ema)
-        self.generator = torch.Generator()
+        self.device = parameters[0].device
         self.processes = PartialState(cpu=True)
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
+        self.unread: list[torch.Tensor] = []  # losses of the last steps
         self.earlier: dict[str, float] = {}
         self._resume()
 
@@ -172,24 +209,30 @@ class Trainer:
         anneal = 0.5 * (1 + math.cos(math.pi * min(max(falling, 0.0), 1.0)))
         return self.config.learning_rate * anneal * min(1.0, (self.step + 1) / max(self.config.warmup_steps, 1))
 
-    def run(self, loss: Callable[[torch.Generator], torch.Tensor],
-            watch: Callable[["Trainer"], None] | None = None) -> TrainingResult:
+    def run(self, loss: Callable[[Any], torch.Tensor], watch: Callable[["Trainer"], None] | None = None,
+            draw: Callable[[torch.Generator], Any] = lambda generator: generator) -> TrainingResult:
         """Trains to the end of the budget and leaves the averaged weights in the module.
 
         `watch` is called every `tasks_every` seconds with the averaged weights in place, for figures and previews.
+        `draw` makes what `loss` takes, on a GPU while the step before is computed; without it `loss` takes the generator.
         """
         torch.set_flush_denormal(True)  # tiny moments of the optimizer are slow numbers; the setting is the process's
+        draws = Draws(lambda step: draw(self._generator(step)), ahead=self.device.type != "cpu")
         try:
-            return self._run(loss, watch)
+            return self._run(loss, watch, draws)
         finally:
+            draws.close()
             torch.set_flush_denormal(False)
 
-    def _run(self, loss: Callable[[torch.Generator], torch.Tensor], watch: Callable[["Trainer"], None] | None) -> TrainingResult:
+    def _generator(self, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(hash((self.config.seed, step, self.processes.process_index)) % 2**63)
+
+    def _run(self, loss: Callable[[Any], torch.Tensor], watch: Callable[["Trainer"], None] | None, draws: Draws) -> TrainingResult:
         self.module.train()
         begun = printed = saved = watched = time.monotonic()
         printed_step, before = self.step, self.seconds
         while self.progress < 1:
-            self._train_step(loss)
+            self._train_step(loss, draws.of(self.step))
             now = time.monotonic()
             self.seconds = self._shared_clock(before + now - begun)
             if not self.is_first:
@@ -203,6 +246,7 @@ class Trainer:
             if watch is not None and now - watched > self.config.tasks_every:
                 self.watch(watch)
                 watched = time.monotonic()
+        self._read_losses()
         if self.is_first:
             self.save()
         self.averages.swap()
@@ -210,24 +254,32 @@ class Trainer:
         return TrainingResult(self.step, self.step * self.samples_a_step, self.seconds, self.loss, self.earlier)
 
     def watch(self, watch: Callable[["Trainer"], None]) -> None:
+        self._read_losses()
         self.module.eval()
         with torch.no_grad(), self.averages.used():
             watch(self)
         self.module.train()
 
-    def _train_step(self, loss: Callable[[torch.Generator], torch.Tensor]) -> None:
-        self.generator.manual_seed(hash((self.config.seed, self.step, self.processes.process_index)) % 2**63)
-        value = loss(self.generator)
+    def _train_step(self, loss: Callable[[Any], torch.Tensor], drawn: Any) -> None:
+        value = loss(drawn)
         value.backward()
         self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.optimizer.step(self.learning_rate())
         self.step += 1
         self.averages.update(self.step)
-        number = value.item()
-        if not math.isfinite(number):
-            raise FloatingPointError(f"{self.name}: the loss of step {self.step} is {number}; lower the learning rate")
-        self.loss = number if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * number
+        self.unread.append(value.detach())
+        if len(self.unread) == (1 if self.device.type == "cpu" else READ_EVERY):
+            self._read_losses()
+
+    def _read_losses(self) -> None:
+        """Counts the losses of the last steps into the smoothed one."""
+        numbers = torch.stack(self.unread).tolist() if self.unread else []
+        self.unread.clear()
+        for step, number in enumerate(numbers, self.step - len(numbers) + 1):
+            if not math.isfinite(number):
+                raise FloatingPointError(f"{self.name}: the loss of step {step} is {number}; lower the learning rate")
+            self.loss = number if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * number
 
     def _average_gradients(self) -> None:
         """Mean over the processes, in one message."""
@@ -244,12 +296,14 @@ class Trainer:
         return seconds
 
     def _print(self, samples_per_second: float) -> None:
+        self._read_losses()
         left = (1 - self.progress) * self.seconds / max(self.progress, 1e-9) / 60
         print(f"{self.name}: step {self.step}, loss {self.loss:.4f}, {samples_per_second:.1f} samples/s, "
               f"{left:.1f} min left", file=sys.stderr, flush=True)
 
     def save(self) -> None:
         """Writes the checkpoint beside and renames it, so that a kill leaves the last whole one."""
+        self._read_losses()
         state = {"module": self.all.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "averages": self.averages.values,
                  "step": self.step, "seconds": self.seconds, "loss": self.loss, "earlier": self.earlier}

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 
 from metalora.miniature.pipeline import MiniatureConfig, build_vae
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, products, read_result, write_result
+from metalora.miniature.training import Job, Trainer, generator_on, products, read_result, send, write_result
 
 CROP = 64
 KL_WEIGHT = 1e-5  # of the mean over latent numbers; keeps the latents near a unit ball, not a prior to sample from
@@ -25,13 +25,14 @@ def to_floats(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-def random_crops(images: torch.Tensor, batch: int, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Crops of random pictures, half of them mirrored: (batch, 3, size, size) in [-1, 1]."""
+def random_crops(images: torch.Tensor, batch: int, size: int, generator: torch.Generator, device: torch.device = torch.device("cpu")) -> torch.Tensor:
+    """Crops of random pictures, half of them mirrored: (batch, 3, size, size) in [-1, 1], on the device."""
     chosen = torch.randint(len(images), (batch,), generator=generator)
     corners = torch.randint(images.shape[-1] - size + 1, (batch, 2), generator=generator).tolist()
     mirror = (torch.rand(batch, generator=generator) < 0.5).tolist()
     crops = [images[index, :, y:y + size, x:x + size] for index, (y, x) in zip(chosen.tolist(), corners, strict=True)]
-    return to_floats(torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, mirror, strict=True)]))
+    crops = torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, mirror, strict=True)])
+    return to_floats(send(crops, device))  # a byte a number is sent
 
 
 def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -41,7 +42,8 @@ def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generato
         moments = vae.encoder(images)
     mean, log_variance = moments.float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
-    latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator).to(vae.device)
+    noise = torch.randn(mean.shape, generator=generator_on(vae.device, generator), device=vae.device)
+    latents = mean + (0.5 * log_variance).exp() * noise
     with products(vae.device):
         output = vae.decoder(latents)
     output = output.float()
@@ -52,7 +54,7 @@ def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generato
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor, batch: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of the latents of uint8 pictures, unscaled: 2 x (n, channels, h / 8, w / 8), on the CPU."""
-    posteriors = [vae.encode(to_floats(part).to(vae.device)).latent_dist for part in images.split(batch)]
+    posteriors = [vae.encode(to_floats(part.to(vae.device))).latent_dist for part in images.split(batch)]
     return torch.cat([p.mean.cpu() for p in posteriors]), torch.cat([p.std.cpu() for p in posteriors])
 
 
@@ -61,7 +63,7 @@ def psnr(vae: AutoencoderKL, images: torch.Tensor, batch: int = 64) -> float:
     """Peak signal to noise, in dB, of whole pictures through encoder and decoder, from the mean squared error of all."""
     errors = []
     for part in images.split(batch):
-        floats = to_floats(part).to(vae.device)
+        floats = to_floats(part.to(vae.device))
         output = vae.decode(vae.encode(floats).latent_dist.mode()).sample.clamp(-1, 1)
         errors.append((output - floats).square().mean(dim=(1, 2, 3)) / 4)  # the range is 2 wide
     return -10 * math.log10(torch.cat(errors).mean().item())
@@ -128,8 +130,8 @@ def _train(job: Job, name: str, vae: AutoencoderKL, learning_rate: float, loss: 
     trainer = Trainer(name, vae, job.work / name, config)
     sample = validation.images[:: max(1, len(validation) // VALIDATION_PICTURES)][:VALIDATION_PICTURES]
     crop = min(CROP, job.model.size)
-    result = trainer.run(lambda generator: loss(random_crops(training.images, config.batch_size, crop, generator), generator),
-                         lambda t: print(f"{name}: step {t.step}, {psnr(vae, sample[:64]):.2f} dB", flush=True))
+    result = trainer.run(lambda drawn: loss(*drawn), lambda t: print(f"{name}: step {t.step}, {psnr(vae, sample[:64]):.2f} dB", flush=True),
+                         lambda generator: (random_crops(training.images, config.batch_size, crop, generator, vae.device), generator))
     figures = job.figures(result, config) | measure(training) | {"psnr_db": round(psnr(vae, sample), 2), "validation_pictures": len(sample)}
     write_result(job.work / name, vae, figures)
     return figures
