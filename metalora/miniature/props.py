@@ -88,7 +88,8 @@ class Skull:
         return (g[i, j] * (1 - u) + g[i + 1, j] * u) * (1 - v) + (g[i, j + 1] * (1 - u) + g[i + 1, j + 1] * u) * v
 
     def anchors(self, points: np.ndarray) -> Tensor:
-        distance = ((points[:, None] - self.points[None]) ** 2).sum(-1)
+        across, behind, above = ((points[:, None, k] - self.points[None, :, k]) ** 2 for k in range(3))  # a sum over the axis would take twice as long
+        distance = across + behind + above
         return torch.from_numpy(self.index[np.argpartition(distance, 4, axis=1)[:, :4]])
 
 
