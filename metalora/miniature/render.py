@@ -48,7 +48,7 @@ def turn(by: Tensor, points: Tensor, picture: Tensor) -> Tensor:
     A CPU would take longer to read a matrix a point; a GPU would take longer to be told how many points each picture has.
     """
     if points.is_cuda:
-        return (by[picture] * points[:, None]).sum(2)
+        return shade.turned(by[picture], points)
     return torch.cat([part @ matrix.T for part, matrix in zip(points.split(picture.bincount(minlength=len(by)).tolist()), by)])
 
 
@@ -149,7 +149,7 @@ class Stage:
     def _drop_hidden_hair(self) -> None:
         """Leaves out the strands at the back of the head, which nobody sees from the front; they are half of all triangles."""
         corner = self.triangles[:, 0]
-        outward = torch.einsum("nj,nj->n", self.turn[self.owner[corner], 1], self.place[corner] - torch.tensor(CENTRE, device=self.device, dtype=torch.float32))
+        outward = (self.turn[self.owner[corner], 1] * (self.place[corner] - torch.tensor(CENTRE, device=self.device, dtype=torch.float32))).sum(1)
         kept = (self.material != shade.HAIR) | (outward < 0.025) | (self.place[corner, 2] < 0.69)
         self.triangles, self.material, self.picture = self.triangles[kept], self.material[kept], self.picture[kept]
 
