@@ -160,9 +160,8 @@ def face_weights(boxes: torch.Tensor, mirrored: torch.Tensor, size: int, cells: 
 
 @contextlib.contextmanager
 def small_products(device: torch.device) -> Iterator[None]:
-    """Attention over some ninety tokens is quickest as plain products on a CPU. On a GPU cuDNN's kernel is left out: it would plan anew for each length."""
-    kernels = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(kernels), products(device):
+    """Attention over some ninety tokens is quickest as plain products on a CPU; a GPU has kernels for it."""
+    with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext(), products(device):
         yield
 
 
