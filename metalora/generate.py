@@ -70,6 +70,7 @@ def use_people(base: Base, people: Sequence[Person]) -> None:
     others = [name for name in loaded if name not in weights]
     spare = others[: max(0, len(others) + len(weights) - KEPT_LOADED)]
     if spare:
+        base.playing.forget()
         base.transformer.delete_adapters(spare)
     if weights:
         base.transformer.enable_lora()
@@ -80,6 +81,7 @@ def use_people(base: Base, people: Sequence[Person]) -> None:
 
 def unload_people(base: Base) -> None:
     """Take every person out; the transformer is a bare one again."""
+    base.playing.forget()  # who is loaded again has their numbers elsewhere
     base.fold.take_out(base.transformer)
     base.pipeline.unload_lora_weights()
 
