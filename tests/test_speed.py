@@ -18,6 +18,7 @@ from metalora.adapter import attach_plain, trainable
 from metalora.base import Base
 from metalora.config import FlowConfig
 from metalora.generate import render, use_people
+from metalora.plan import PACKAGES
 from metalora.standin import Case
 from metalora.train import fit, optimizer
 
@@ -110,9 +111,10 @@ def test_the_full_size_models_are_built_from_their_configs_alone(monkeypatch, tm
 
 
 @pytest.mark.one_family
-def test_a_full_size_model_learns_and_draws_in_float8(monkeypatch, tmp_path):
-    found = measured_small(monkeypatch, tmp_path / "speed.json", "flux-dev", "--weights", "fp8")
-    assert found["weights"] == "fp8" and [row["way"] for row in found["steps"]] == ["Meta-LoRA", "Meta-LoRA, checkpointing"]
+@pytest.mark.parametrize("weights", PACKAGES)
+def test_a_full_size_model_learns_and_draws_with_fewer_bits(monkeypatch, tmp_path, weights):
+    found = measured_small(monkeypatch, tmp_path / "speed.json", "flux-dev", "--weights", weights)
+    assert found["weights"] == weights and [row["way"] for row in found["steps"]] == ["Meta-LoRA", "Meta-LoRA, checkpointing"]
     assert [row["way"] for row in found["pictures"]] == ["the base, nobody", "a person, loaded by diffusers"]
 
 
