@@ -62,11 +62,12 @@ def measure(base: Base, case: Case, warmup: int, pictures: int, guidance: float 
     for turn in range(warmup + pictures):
         for name, way in ways.items():
             recorded = playing[name].of(base.transformer, None) if way.recorded else nullcontext()
+            anew = way.recorded and way.folds is False  # who is loaded anew is recorded anew, which is not measured
             with held(base, way.folds, people), base.compiled() if way.compiled else nullcontext(), recorded:
-                if way.recorded and way.folds is False:
-                    drawn(turn)  # who is loaded anew is recorded anew, which is not measured
+                if anew:
+                    drawn(turn)
                 seconds[name].append(drawn(turn))
-            if way.recorded and way.folds is False:
+            if anew:
                 playing[name].forget()
     medians = {name: statistics.median(times[warmup:]) for name, times in seconds.items()}
     bare = {way[1:]: medians[name] for name, way in ways.items() if way.folds is None}

@@ -165,7 +165,7 @@ def draw(data: TrainingSet, rows: Tensor, generator: torch.Generator, config: Fl
     spread, noise = torch.randn((2, len(rows), *data.mean.shape[1:]), generator=generator)
     sigma = flow.sample_sigmas(len(rows), generator, config)
     own = (share.of(t) for t in (rows, spread, noise, sigma))
-    return Drawn(*(_sent(t, data.mean.device) for t in (rows, *own)))
+    return Drawn(*(send(t, data.mean.device) for t in (rows, *own)))
 
 
 def loss_of(base: Base, data: TrainingSet, drawn: Drawn) -> Tensor:
@@ -239,7 +239,7 @@ def fit(
             group["lr"] = lr
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device; a GPU is not waited for, which it would be for memory that the system may move."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -17,6 +17,7 @@ from metalora import drawing, graph, growth, speed, standin
 from metalora.adapter import attach_plain, trainable
 from metalora.base import Base
 from metalora.config import FlowConfig
+from metalora.family import Family
 from metalora.generate import render, use_people
 from metalora.plan import PACKAGES
 from metalora.standin import Case
@@ -92,11 +93,17 @@ def test_more_tokens_are_more_work(base):
     assert many["tera-operations a step"] > few["tera-operations a step"]
 
 
-def measured_small(monkeypatch, out: Path, name: str, *more: str) -> dict[str, Any]:
-    """What the command writes of a full-size model, its transformer made small on the way in."""
+def made_small(monkeypatch, name: str) -> Family:
+    """The family of a full-size model, its transformer made small."""
     family = speed.FULL_SIZE[name]
     small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
     monkeypatch.setattr(family, "configs", {**family.configs, "transformer": {**family.configs["transformer"], **small}})
+    return family
+
+
+def measured_small(monkeypatch, out: Path, name: str, *more: str) -> dict[str, Any]:
+    """What the command writes of a full-size model, its transformer made small on the way in."""
+    made_small(monkeypatch, name)
     sizes = ["--resolution", "32", "--text", "4", "--steps", "1", "--warmup", "0", "--rounds", "1", "--draw", "1"]
     speed.main(["--base", name, *more, *sizes, "--device", "cpu", "--json", str(out)])
     return json.loads(out.read_text())
@@ -144,10 +151,7 @@ def test_folded_and_loaded_people_draw_the_same(base):
 
 @pytest.mark.one_family
 def test_float8_layers_are_compiled_and_learn_the_same(monkeypatch):
-    family = speed.FULL_SIZE["flux-dev"]
-    small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
-    monkeypatch.setattr(family, "configs", {**family.configs, "transformer": {**family.configs["transformer"], **small}})
-    base, case, losses = standin.random_base("flux-dev", family, torch.device("cpu"), "fp8"), Case(32, 5), []
+    base, case, losses = standin.random_base("flux-dev", made_small(monkeypatch, "flux-dev"), torch.device("cpu"), "fp8"), Case(32, 5), []
     data = standin.random_pictures(base, case)
     torch._dynamo.reset()
     for compiled in (False, True):

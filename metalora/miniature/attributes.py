@@ -12,8 +12,9 @@ from torch import nn
 from metalora.miniature import captions
 from metalora.miniature.clip import UNSEEN, softened
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, generator_on, products, read_result, send, write_result
+from metalora.miniature.training import Job, Trainer, generator_on, products, read_result, write_result
 from metalora.miniature.vae import to_floats
+from metalora.train import send
 
 NAME = "attributes"  # of the training
 NONE = "none"  # nothing is worn

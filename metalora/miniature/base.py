@@ -30,8 +30,9 @@ from metalora.miniature.clip import trained_clip
 from metalora.miniature.features import Latents, cached, encode_latents, encode_patches
 from metalora.miniature.pipeline import Spelling, build_pipeline
 from metalora.miniature.shards import Batch, Shards, draw_captioned, load_shards
-from metalora.miniature.training import Job, Trainer, generator_on, products, read_result, send, write_result
+from metalora.miniature.training import Job, Trainer, generator_on, products, read_result, write_result
 from metalora.miniature.vae import trained_vae
+from metalora.train import send
 
 TRIGGER_SHARE = 0.15  # so that "sks woman" means nobody in particular before it is bound to a person
 DROPPED_SHARE = 0.1

@@ -13,8 +13,9 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from metalora.miniature.captions import MIRRORED, attribute_phrases, value_of, vocabulary
 from metalora.miniature.pipeline import MiniatureConfig, Spelling, clip_text_config, clip_tokenizer
 from metalora.miniature.shards import Batch, Shards, draw_captioned, load_shards
-from metalora.miniature.training import Job, Trainer, products, read_result, send, write_result
+from metalora.miniature.training import Job, Trainer, products, read_result, write_result
 from metalora.miniature.vae import to_floats
+from metalora.train import send
 
 VISION_WIDTH, VISION_LAYERS, VISION_HEADS, PATCH = 128, 4, 4, 16
 MAX_LOGIT_SCALE = 4.6  # ln 100, as in CLIP

@@ -15,7 +15,8 @@ from torch import nn
 
 from metalora.miniature.facepack import DETECTOR_FILE, Analyser, disturbed, export_onnx, overlaps
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, send, write_result
+from metalora.miniature.training import Job, Trainer, write_result
+from metalora.train import send
 
 STRIDES, ANCHORS = (8, 16, 32), 2
 LEVELS = ((0.0, 30.0), (20.0, 60.0), (44.0, 1e9))  # longer side of the faces, px, that each stride is to find

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from metalora.miniature.shards import Shards
-from metalora.miniature.training import generator_on, send
+from metalora.miniature.training import generator_on
+from metalora.train import send
 
 DETECTOR_FILE, RECOGNISER_FILE = "det.onnx", "rec.onnx"
 OPSET = 17

@@ -18,7 +18,8 @@ from torch import nn
 
 from metalora.miniature.facepack import DETECTOR_FILE, RECOGNISER_FILE, check_pack, disturbed, export_onnx, separation
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, products, send, write_result
+from metalora.miniature.training import Job, Trainer, products, write_result
+from metalora.train import send
 
 INPUT, DIMENSIONS = 112, 512
 TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))  # ArcFace's, px

@@ -126,11 +126,6 @@ def products(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=quick)
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device. To a GPU it goes by way of pinned memory: nobody waits until it has arrived."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
     """What draws on the device: on a CPU the generator itself, on a GPU one that it seeds."""
     if device.type == "cpu":

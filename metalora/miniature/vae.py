@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL
 
 from metalora.miniature.pipeline import MiniatureConfig, build_vae
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, generator_on, products, read_result, send, write_result
+from metalora.miniature.training import Job, Trainer, generator_on, products, read_result, write_result
+from metalora.train import send
 
 CROP = 64
 KL_WEIGHT = 1e-5  # of the mean over latent numbers; keeps the latents near a unit ball, not a prior to sample from
