@@ -68,9 +68,12 @@ def adapt(
     """
     meta_down.check_base(base.name, base.fingerprint)
     generator = torch.Generator().manual_seed(config.seed)
-    shape = replace(_shape(base, meta_down.adapter, config), rank=config.rank or meta_down.adapter.rank)
-    start = meta_down.start_for(face, config.start_face) if shape.rank == meta_down.adapter.rank else {}
-    downs = {name: meta_down.tensors[name] for name in find_targets(base.transformer, shape.targets)} if config.skip_blocks else meta_down.tensors
+    whole = meta_down.adapter
+    rank, rows = config.ranks(whole)
+    shape = replace(_shape(base, whole, config), rank=rank, meta_rank=rows)
+    start = meta_down.start_for(face, config.start_face) if (rank, rows) == (whole.rank, whole.meta_rank) else {}
+    adapted = find_targets(base.transformer, shape.targets) if config.skip_blocks else meta_down.tensors
+    downs = {name: meta_down.tensors[name][:rows] for name in adapted}
     with attach(base.transformer, downs, shape) as adapter, base.resident("transformer"):
         adapter.start(generator)
         adapter.start_at(start, config.start_mid, config.start_up)
@@ -116,8 +119,7 @@ def _steps(
     adamw = two_rates(adapter, config.learning_rate, config.weight_decay, config.up_rate)
     clock, averages = Clock(config.steps), Averages(wholes([adamw]), config.ema)
     kept, shown = averages.used()(learnt), averages.used()(preview) if preview else None  # of the averages, not of the last step
-    compiled = config.compiled and base.device.type == "cuda"
-    if compiled and shown:
+    if config.compiled and shown:
         shown = torch.compiler.set_stance("force_eager")(shown)  # for one picture now and then its sizes are not worth compiling for
     losses = fit(
         base,
@@ -132,7 +134,7 @@ def _steps(
         rate=warmup(config.warmup_steps),
         recorded=True,
     )
-    with base.compiled() if compiled else nullcontext():
+    with base.compiled() if config.compiled else nullcontext():
         for loss in losses:
             step = clock.done + 1
             averages.update(step)

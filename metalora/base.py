@@ -155,10 +155,17 @@ class Base:
 
     @contextmanager
     def compiled(self, **how: Any) -> Iterator[None]:
-        """Every kind of the transformer's blocks compiled meanwhile, in one piece and for the sizes that come. Who comes next, to be learnt or folded in, finds it compiled."""
+        """Every kind of the transformer's blocks compiled meanwhile, in one piece and for the sizes that come. Who comes next, to be learnt or folded in, finds it compiled.
+
+        Raises MetaLoraError inside, at the first pass, where a CPU has no C++ compiler.
+        """
         try:
             self.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, **how)
             yield
+        except RuntimeError as error:
+            if "No working C++ compiler" in str(error):
+                raise MetaLoraError("To compile for a CPU takes a C++ compiler such as g++; install one, or leave compiled at false.") from error
+            raise
         finally:
             for module in self.transformer.modules():
                 module.__dict__.pop("_compiled_call_impl", None)  # as it came: what was compiled is looked at again where a module has one more attribute

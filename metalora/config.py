@@ -65,12 +65,19 @@ class AdaptConfig:
     # The person is the moving average over steps of this decay, 0: the last step [Polyak's averaging; a batch of few draws makes steps noisy].
     ema: float = 0.0
     rank: int = 0  # of the person; 0: the Meta-Down's. Another begins with a fresh Mid and Up, since a learnt start is of the Meta-Down's rank
+    # Rows of Meta-Down that are used, from the first; 0: all. Those that stage 1 found as directions are in order, the leading one first.
+    meta_rank: int = 0
     skip_blocks: float = 0.0  # share of the transformer's blocks, from the input on, that are left as they are
     # Pictures that the base itself makes of others of the class, learnt along under the person's words, but for the face: prompts keep
     # what they mean. [Ours, after the prior preservation of DreamBooth, arXiv 2208.12242, section 3.2, which learns them whole and under other words]
     prior_pictures: int = 0
-    # On a GPU the blocks are compiled first. It takes most of a minute once, and of any person after that a step is a quarter shorter.
+    # The blocks are compiled first. It takes about a minute once; of any person after that a step on a GPU is a quarter shorter, and on a
+    # CPU, where it takes a C++ compiler, two fifths at batch 1 and little at larger ones.
     compiled: bool = False
+
+    def ranks(self, adapter: AdapterConfig) -> tuple[int, int]:
+        """Rank of a person with that Meta-Down, and how many of its rows are theirs."""
+        return self.rank or adapter.rank, min(self.meta_rank or adapter.meta_rank, adapter.meta_rank)
 
 
 @dataclass(frozen=True)

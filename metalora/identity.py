@@ -38,7 +38,7 @@ class Identity:
     meta_down: str  # name of the Meta-Down; empty for an ordinary LoRA
     meta_down_sha256: str
     rank: int
-    meta_rank: int
+    meta_rank: int  # the first so many rows of Meta-Down are theirs
     scale: float
     domain: str
     noun: str  # class noun: "woman"
@@ -108,7 +108,7 @@ class Identity:
         if not self.is_plain:
             self.check_meta_down(meta_down)
         downs = self.downs or meta_down.tensors
-        return diffusers_names({n: collapse(mid, up, downs[n].float(), self.scale) for n, (mid, up) in self.factors.items()})
+        return diffusers_names({n: collapse(mid, up, downs[n][: self.meta_rank].float(), self.scale) for n, (mid, up) in self.factors.items()})
 
     def export(self, path: str | Path, meta_down: MetaDown | None, family: Family, format: ExportFormat = "diffusers") -> Path:
         """Write the ordinary LoRA for bases of that family: "diffusers" names for diffusers and ComfyUI, "kohya" names for kohya and its followers."""

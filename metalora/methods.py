@@ -98,13 +98,13 @@ def _settings(text: str, name: str) -> tuple[dict[str, Any], int | None]:
 
 
 def _value(text: str, part: str, name: str) -> Any:
-    """A number, or a list of numbers as [0.6,1.6]."""
+    """A number, true or false, or a list as [0.6,1.6]."""
     try:
         value = json.loads(text, parse_constant=float)
     except ValueError:
         value = None
     several = value if isinstance(value, list) else [value]
-    if not several or not all(type(v) in (int, float) and abs(v) < 1e9 for v in several):
+    if not several or not all(type(v) in (int, float, bool) and abs(v) < 1e9 for v in several):
         raise MetaLoraError(f"{part} in the method {name} is not understood; write it like learning_rate=2e-3 or margin=[0.6,1.6].")
     return value
 
@@ -112,7 +112,7 @@ def _value(text: str, part: str, name: str) -> Any:
 def _check(config: AdaptConfig, name: str) -> None:
     counts = min(config.steps, config.batch_size, config.crops) >= 1
     sizes = min(config.learning_rate, config.max_grad_norm, config.flow.logit_std, config.up_rate, config.scale) > 0
-    rest = min(config.weight_decay, config.warmup_steps, config.prior_pictures) >= 0
+    rest = min(config.weight_decay, config.warmup_steps, config.prior_pictures, config.rank, config.meta_rank) >= 0
     shares = all(0 <= share <= 1 for share in (config.background, config.start_mid, config.start_up, config.start_face, config.skip_blocks, config.ema)) and max(config.skip_blocks, config.ema) < 1
     margin = len(config.margin) == 2 and 0 <= config.margin[0] <= config.margin[1]
     if not (counts and sizes and rest and shares and margin):

@@ -82,14 +82,15 @@ def file_names(subjects: Sequence[Subject]) -> list[str]:
 
 def _check(personalizer: Personalizer, by_file: dict[str, Subject], folder: Path, steps: int, seed: int) -> None:
     """Before the first step: a Meta-Down for every domain, and no file that was learnt in another way."""
-    base = personalizer.base
+    base, plain = personalizer.base, personalizer.base.settings.plain_rank
     for name, subject in by_file.items():
         down = None if personalizer.is_plain else personalizer.meta_down(subject.domain)
         if not (folder / name).is_file():
             continue
+        rank, rows = personalizer.adapt_config.ranks(down.adapter) if down else (plain, plain)
         wanted = {
             "base_fingerprint": base.fingerprint, "meta_down_sha256": down.sha256 if down else "", "domain": subject.domain,
-            "rank": personalizer.adapt_config.rank or down.adapter.rank if down else base.settings.plain_rank, "trigger": base.settings.trigger, "steps": steps, "seed": seed,
+            "rank": rank, "meta_rank": rows, "trigger": base.settings.trigger, "steps": steps, "seed": seed,
         }  # fmt: skip
         found = Identity.load(folder / name)
         other = [key for key, value in wanted.items() if getattr(found, key) != value]

@@ -108,7 +108,7 @@ class Way(NamedTuple):
 
     @property
     def anywhere(self) -> bool:
-        """Whether it is for a CPU too."""
+        """Whether it is measured on a CPU without being asked for."""
         return not self.compiled and "recorded" not in self.how
 
 

@@ -227,6 +227,7 @@ def test_a_method_lays_its_settings_over_those_of_the_base():
     assert got.name == "meta-lora:learning_rate=2e-3,flow.logit_mean=0.5,margin=[1,2]@250"  # a point of the same curve as other steps
     assert got == Method.parse(got.name) and re.fullmatch(r"[\w@=.,+-]+", folder_of(got.name))
     assert Method.parse("lora-r4:steps=9") == Method.parse("lora-r4@9")
+    assert Method.parse("meta-lora:compiled=true").over(config) == replace(config, compiled=True)
     assert Method.parse("lora-r4").over(config) == config
     peers = Method.parse("dreambooth-r16:learning_rate=1e-3@500")
     assert (peers.kind, peers.rank, peers.steps) == (PEER, 16, 500) and peers.over(PeerConfig(seed=3)) == PeerConfig(steps=500, learning_rate=1e-3, seed=3)
@@ -239,7 +240,7 @@ def test_a_method_lays_its_settings_over_those_of_the_base():
     ("learning_rate=NaN", "not understood"), ("", "not understood"), ("../x=1", "named"), ("steps=0", "out of range"), ("learning_rate=-1", "out of range"),
     ("margin=[2,1]", "out of range"), ("crops=2,crops=3", "twice"), ("steps=2@3", "twice"), ("seed=3", "--seed"), ("steps=" + "1" * 200, "not understood"),
     ("up_rate=0", "out of range"), ("start_up=1.5", "out of range"), ("skip_blocks=1", "out of range"), ("prior_pictures=-1", "out of range"), ("scale=0", "out of range"),
-    ("flow=1,flow.logit_mean=1", "twice"), ("crops=[1]", "must be a int"),
+    ("flow=1,flow.logit_mean=1", "twice"), ("crops=[1]", "must be a int"), ("compiled=1", "must be a bool"), ("crops=true", "must be a int"),
 ])  # fmt: skip
 def test_a_wrong_setting_of_a_method_is_a_sentence(settings, fault):
     with pytest.raises(MetaLoraError, match=fault):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from metalora import drawing, graph, growth, speed, standin
+from metalora import MetaLoraError, drawing, graph, growth, speed, standin
+from metalora.adapt import adapt
 from metalora.adapter import attach_plain, trainable
 from metalora.base import Base
 from metalora.config import FlowConfig
@@ -23,7 +24,7 @@ from metalora.plan import PACKAGES
 from metalora.standin import Case
 from metalora.train import fit, optimizer
 
-from .conftest import state_hash
+from .conftest import run, state_hash
 
 
 def test_all_ways_train_the_same_thing_and_leave_nothing_behind(base):
@@ -84,6 +85,28 @@ def test_what_is_measured_as_compiled_is(base, monkeypatch):
     monkeypatch.setattr(Base, "compiled", partialmethod(Base.compiled, backend="aot_eager"))
     times, found = speed.measure(base, Case(base.settings.train_resolution, 5), "Meta-LoRA, compiled", warmup=0, steps=1)
     assert len(times) == 1 and counters["stats"]["unique_graphs"] > 0 and found["tera-operations a step"] > 0
+
+
+@pytest.mark.one_family
+def test_a_person_is_learnt_the_same_compiled(base, photo, meta_down, config, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    plain = run(adapt(base, meta_down, photo, config))[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(Base, "compiled", partialmethod(Base.compiled, backend="aot_eager"))
+        same = run(adapt(base, meta_down, photo, replace(config, compiled=True)))[1]
+    assert counters["stats"]["unique_graphs"] > 0
+    for name, (_, up) in plain.factors.items():
+        torch.testing.assert_close(same.factors[name][1], up, rtol=1e-3, atol=1e-4)
+    before = state_hash(base.transformer)
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no/compiler"))
+    with pytest.raises(MetaLoraError, match="takes a C\\+\\+ compiler"):
+        run(adapt(base, meta_down, photo, replace(config, compiled=True)))
+    assert state_hash(base.transformer) == before and all(m._compiled_call_impl is None for m in base.transformer.modules())
 
 
 @pytest.mark.one_family

@@ -16,6 +16,7 @@ from metalora.config import AdaptConfig, AdapterConfig, FlowConfig, MetaConfig
 from metalora.face import Face, FaceFinder
 from metalora.files import START, is_complete
 from metalora.hub import META_DOWN_FILES
+from metalora.identity import Identity
 from metalora.meta import meta_train
 from metalora.metadown import MetaDown
 from metalora.train import flow_loss, two_rates
@@ -122,6 +123,18 @@ def test_a_person_of_another_rank_than_the_meta_down_begins_fresh(base, photo, s
     lora = got.to_lora(started)
     assert all(t.shape[0 if "lora_A" in name else 1] == 3 for name, t in lora.items())
     assert equal(run(adapt(base, started, photo, replace(config, rank=started.adapter.rank)))[1].factors, run(adapt(base, started, photo, config))[1].factors)
+
+
+def test_a_person_of_fewer_rows_is_one_of_a_meta_down_that_has_no_more(base, photo, meta_down, started, config, tmp_path):
+    cut = replace(meta_down, tensors={name: down[:2] for name, down in meta_down.tensors.items()}, adapter=replace(meta_down.adapter, meta_rank=2))
+    wanted, got = run(adapt(base, cut, photo, config))[1], run(adapt(base, meta_down, photo, replace(config, meta_rank=2)))[1]
+    assert got.meta_rank == 2 < meta_down.adapter.meta_rank and equal(got.factors, wanted.factors)
+    lora, of_cut = Identity.load(got.save(tmp_path / "me.safetensors")).to_lora(meta_down), wanted.to_lora(cut)
+    assert lora.keys() == of_cut.keys() and all(torch.equal(lora[name], of_cut[name]) for name in lora)
+    most, all_of_them = (run(adapt(base, meta_down, photo, replace(config, meta_rank=rows)))[1] for rows in (99, 0))
+    assert most.meta_rank == meta_down.adapter.meta_rank and equal(most.factors, all_of_them.factors)
+    fresh, bare = (run(adapt(base, each, photo, replace(config, meta_rank=2)))[1] for each in (started, replace(started, start={})))
+    assert equal(fresh.factors, bare.factors)  # a learnt start is of all rows
 
 
 @pytest.mark.parametrize("up_rate", [1.0, 4.0])
