@@ -68,7 +68,7 @@ def meta_train(
     The generator's return value is the MetaDown. With a `folder`, its checkpoint is written every few rounds, and a run that
     finds one goes on from it exactly as if it had never stopped. In memory: `bucket=training_set.select`.
     With `unseen`, pictures of people who were kept out, to learn from and others to judge by, a report every few rounds
-    has the loss on the latter. For a predictor, `faces` gives the embeddings (photos, d) of every subject, which may be none.
+    has the loss on the latter, and where there are no rounds the last report has it. For a predictor, `faces` gives the embeddings (photos, d) of every subject, which may be none.
     Under `accelerate launch` the processes share every batch: the result is that of one process, to rounding.
     Raises MetaLoraError where there are too few subjects or too many processes, or the checkpoint is of other settings.
     """
@@ -88,7 +88,9 @@ def meta_train(
     stamp = {"moments": "end to end", "config": repr(replace(config, rounds=0, predict_rank=0, predict_steps=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
     buckets = -(-subjects // size) if config.predict_rank else 0
     first = _members(subjects, min(config.direction_people, subjects), 0, config.seed)
-    clock = Clock(len(first) + config.rounds * config.bucket_steps + buckets * config.predict_steps)
+    judged = unseen is not None and config.validation_every > 0
+    judged_once = judged and not config.rounds
+    clock = Clock(len(first) + config.rounds * config.bucket_steps + judged_once + buckets * config.predict_steps)
     state = _resume(checkpoint, stamp)
     if state:
         clock.skip(len(first) + state.round * config.bucket_steps)
@@ -104,8 +106,11 @@ def meta_train(
             state.downs, state.round, state.start = heads.down_tensors(), number + 1, _towards_mean(state.start, heads, config.start_rate)
             if checkpoint and share.rank == 0 and (state.round % config.checkpoint_every == 0 or state.round == config.rounds):
                 _save(checkpoint, state, stamp)
-            due = unseen is not None and config.validation_every and state.round % config.validation_every == 0
+            due = judged and state.round % config.validation_every == 0
             yield clock.tick(last, validation=_validate(base, heads, unseen, config, state.start) if due else None)
+        if judged_once:
+            loss = _validate(base, heads, unseen, config, state.start)
+            yield clock.tick(loss, validation=loss)
         summary = {**asdict(config), "subjects": subjects, "steps": config.rounds * config.bucket_steps}
         found = MetaDown(state.downs, shape, name, domain, base.name, base.fingerprint, summary, start=state.start)
         if not config.predict_rank:

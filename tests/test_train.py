@@ -370,6 +370,11 @@ def test_stage_one_is_judged_on_people_who_were_kept_out(base, people):
     assert [value is not None for value in found] == [step == 8 for step in range(1, 13)] and judged.sha256 == alone.sha256
     again, _ = run(meta_train(base, 4, people.select, "woman", config, name="t", unseen=unseen))
     assert [report.validation for report in again] == found
+    of_directions = replace(config, rounds=0, direction_people=3)  # nothing is trained, but what people can learn with it is judged all the same
+    reports, judged = run(meta_train(base, 4, people.select, "woman", of_directions, name="t", unseen=unseen))
+    _, alone = run(meta_train(base, 4, people.select, "woman", of_directions, name="t"))
+    assert [r.step for r in reports] == [1, 2, 3, 4] and reports[-1].steps == 4 and judged.sha256 == alone.sha256
+    assert [r.validation is not None for r in reports] == [False] * 3 + [True] and abs(reports[-1].validation - found[7]) < 1
 
 
 def test_stage_one_without_subjects_is_a_sentence(base, people):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from metalora.miniature import captions
-from metalora.miniature.clip import UNSEEN, softened
+from metalora.miniature.clip import UNSEEN, loss_of_groups, softened
 from metalora.miniature.shards import Shards, load_shards
 from metalora.miniature.training import Job, Trainer, generator_on, products, read_result, write_result
 from metalora.miniature.vae import to_floats
@@ -101,10 +101,7 @@ class AttributeTask:
         images, true = drawn
         with products(images.device):
             logits = self.classifier(images).float()
-        parts = logits.split([len(classes) for classes in HEADS.values()], 1)
-        seen = [k for k in range(len(HEADS)) if (true[:, k] != UNSEEN).any()]  # read while it is on the CPU
-        true = send(true, images.device)
-        return torch.stack([F.cross_entropy(parts[k], true[:, k], ignore_index=UNSEEN, label_smoothing=0.05) for k in seen]).mean()
+        return loss_of_groups(logits.split([len(classes) for classes in HEADS.values()], 1), true, label_smoothing=0.05)
 
 
 def accuracy(found: torch.Tensor, true: torch.Tensor) -> dict[str, float]:

@@ -5,6 +5,7 @@ phrases that describe a photo.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,16 @@ def contrast(clip: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[
     return F.normalize(pictures.float(), dim=-1), F.normalize(captions.float(), dim=-1)
 
 
+def loss_of_groups(logits: Sequence[torch.Tensor], true: torch.Tensor, **how: float) -> torch.Tensor:
+    """Cross-entropy of the right class within each group, the mean over the groups that any of the pictures shows.
+
+    logits[k]: (n, classes of group k), true: (n, groups) on the CPU, UNSEEN where a picture does not show one.
+    """
+    shown = (true != UNSEEN).any(0).nonzero().flatten().tolist()
+    true = send(true, logits[0].device)
+    return torch.stack([F.cross_entropy(logits[k], true[:, k], ignore_index=UNSEEN, **how) for k in shown]).mean()
+
+
 class Phrases:
     """Which phrase of each group of `captions.attribute_phrases` is true of a picture, for a loss that asks for it."""
 
@@ -76,10 +87,8 @@ class Phrases:
 
     def loss(self, pictures: torch.Tensor, phrases: torch.Tensor, scale: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Cross-entropy of the right phrase within its group, a mean over the groups; features (n, d), (all phrases, d)."""
-        logits, true = scale * pictures @ phrases.T, self.true[batch.rows]
-        shown = (true != UNSEEN).any(0).nonzero().flatten().tolist()  # read while it is on the CPU
-        true = send(true, pictures.device)
-        return torch.stack([F.cross_entropy(logits[:, self.spans[k]], true[:, k], ignore_index=UNSEEN) for k in shown]).mean()
+        logits = scale * pictures @ phrases.T
+        return loss_of_groups([logits[:, span] for span in self.spans], self.true[batch.rows])
 
     @torch.no_grad()
     def right(self, clip: CLIPModel, images: torch.Tensor) -> dict[str, float]:

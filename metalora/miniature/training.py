@@ -212,13 +212,14 @@ class Trainer:
         `draw` makes what `loss` takes, on a GPU while the step before is computed; without it `loss` takes the generator.
         """
         torch.set_flush_denormal(True)  # tiny moments of the optimizer are slow numbers; the setting is the process's
+        before = torch.backends.cuda.cudnn_sdp_enabled()
         torch.backends.cuda.enable_cudnn_sdp(False)  # for the reason that `Flux.prepare` tells; the process's too
         draws = Draws(lambda step: draw(self._generator(step)), ahead=self.device.type != "cpu")
         try:
             return self._run(loss, watch, draws)
         finally:
             draws.close()
-            torch.backends.cuda.enable_cudnn_sdp(True)
+            torch.backends.cuda.enable_cudnn_sdp(before)
             torch.set_flush_denormal(False)
 
     def _generator(self, step: int) -> torch.Generator:
