@@ -76,8 +76,9 @@ class AdaptConfig:
     compiled: bool = False
 
     def ranks(self, adapter: AdapterConfig) -> tuple[int, int]:
-        """Rank of a person with that Meta-Down, and how many of its rows are theirs."""
-        return self.rank or adapter.rank, min(self.meta_rank or adapter.meta_rank, adapter.meta_rank)
+        """Rank of a person with that Meta-Down, and how many of its rows are theirs; a higher rank than rows is worth nothing."""
+        rows = min(self.meta_rank or adapter.meta_rank, adapter.meta_rank)
+        return min(self.rank or adapter.rank, rows), rows
 
 
 @dataclass(frozen=True)

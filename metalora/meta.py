@@ -68,8 +68,9 @@ def meta_train(
     The generator's return value is the MetaDown. With a `folder`, its checkpoint is written every few rounds, and a run that
     finds one goes on from it exactly as if it had never stopped. In memory: `bucket=training_set.select`.
     With `unseen`, pictures of people who were kept out, to learn from and others to judge by, a report every few rounds
-    has the loss on the latter, and where there are no rounds the last report has it. For a predictor, `faces` gives the embeddings (photos, d) of every subject, which may be none.
-    Under `accelerate launch` the processes share every batch: the result is that of one process, to rounding.
+    has the loss on the latter, and where there are no rounds the last report has it. For a predictor, `faces` gives the
+    embeddings (photos, d) of every subject, which may be none. Under `accelerate launch` the processes share every batch: the
+    result is that of one process, to rounding.
     Raises MetaLoraError where there are too few subjects or too many processes, or the checkpoint is of other settings.
     """
     shape = adapter or base.settings.adapter

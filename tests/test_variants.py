@@ -131,6 +131,7 @@ def test_a_person_of_fewer_rows_is_one_of_a_meta_down_that_has_no_more(base, pho
     assert got.meta_rank == 2 < meta_down.adapter.meta_rank and equal(got.factors, wanted.factors)
     lora, of_cut = Identity.load(got.save(tmp_path / "me.safetensors")).to_lora(meta_down), wanted.to_lora(cut)
     assert lora.keys() == of_cut.keys() and all(torch.equal(lora[name], of_cut[name]) for name in lora)
+    assert AdaptConfig(meta_rank=2).ranks(AdapterConfig(12, 64)) == (2, 2) and AdaptConfig(rank=4).ranks(AdapterConfig(12, 64)) == (4, 64)
     most, all_of_them = (run(adapt(base, meta_down, photo, replace(config, meta_rank=rows)))[1] for rows in (99, 0))
     assert most.meta_rank == meta_down.adapter.meta_rank and equal(most.factors, all_of_them.factors)
     fresh, bare = (run(adapt(base, each, photo, replace(config, meta_rank=2)))[1] for each in (started, replace(started, start={})))
