@@ -71,8 +71,8 @@ class AdaptConfig:
     # Pictures that the base itself makes of others of the class, learnt along under the person's words, but for the face: prompts keep
     # what they mean. [Ours, after the prior preservation of DreamBooth, arXiv 2208.12242, section 3.2, which learns them whole and under other words]
     prior_pictures: int = 0
-    # The blocks are compiled first. It takes about a minute once; of any person after that a step on a GPU is a quarter shorter, and on a
-    # CPU, where it takes a C++ compiler, two fifths at batch 1 and little at larger ones.
+    # The blocks are compiled first. It takes about a minute once; after that a step on a GPU is a quarter shorter, and on a CPU, where it
+    # takes a C++ compiler, a sixth.
     compiled: bool = False
 
     def ranks(self, adapter: AdapterConfig) -> tuple[int, int]:
