@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -49,7 +49,7 @@ def adapt(
     _prepare(base, meta_down, plan)
     personalizer = _open(base, meta_down, plan)
     for image in others:
-        personalizer.pick(image)
+        personalizer.pick(image, domain)
     _say_plain(personalizer, f"the {domain} is")
     start = time.perf_counter()
     with Line() as line:
@@ -60,7 +60,7 @@ def adapt(
     if others:
         prompt = "a photo of {person}"
         pictures = personalizer.generate(identity, prompt, CHECK_PICTURES, seed)
-        scores = _means(_scorer(personalizer).score(pictures, images, others, [_anyone(prompt, domain)] * len(pictures)))
+        scores = _means(_scorer(personalizer, domain).score(pictures, images, others, [_anyone(prompt, domain)] * len(pictures)))
         result["scores"] = scores
         text += f"\n{_listed(scores)} (means of {CHECK_PICTURES} generated pictures)"
     identity.save(output)
@@ -151,6 +151,7 @@ def score(
     against: Annotated[list[Path], typer.Option("--against", metavar="PHOTO...", help="Photos of the person that were not learnt from.")],
     learnt_from: Annotated[list[Path] | None, typer.Option("--learnt-from", metavar="PHOTO...", help="The photos learnt from; adds similarity to them and copying.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="What the pictures were asked to show; adds CLIP-T.")] = None,
+    subject: Annotated[Literal["face", "picture"], typer.Option("--subject", help="What is compared: the face in each; or, of things, the whole pictures, by a DINO model.")] = "face",
     base: BaseName = DEFAULT_BASE, json: Json = False,
 ) -> Result:  # fmt: skip
     """Score pictures: R-FaceSim to other photos of the person, and what else can be told."""
@@ -160,12 +161,12 @@ def score(
     _fetch(base)
     from . import hub
     from .clip import Clip
-    from .face import FaceFinder
     from .families import settings_of
     from .score import Scorer
+    from .subject import finder_for
 
     settings = settings_of(hub.base_folder(base))
-    scorer = Scorer(FaceFinder.of(settings), Clip(settings.clip))
+    scorer = Scorer(finder_for(settings, subject), Clip(settings.clip))
     for image in (*others, *photos):
         scorer.finder.pick(image)
     rows = scorer.score(images, photos, others, [prompt] * len(images) if prompt else None)
@@ -178,6 +179,8 @@ def meta_train(
     dataset: Dataset, domain: Domain, output: Output, name: Annotated[str | None, typer.Option("--name", help="What to call it; the output folder's name when not given.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=0, help="Buckets of people to go through; the base's own number when not given.")] = None,
     directions: Annotated[int | None, typer.Option("--directions", min=0, metavar="PEOPLE", help="Before, begin where the gradients of so many people point.")] = None,
+    subject: Annotated[Literal["face", "picture"] | None, typer.Option("--subject", help="What the photos are of: a face in each, or the whole picture for a domain of things; the base's own when not given.")] = None,
+    settings: Annotated[str, typer.Option("--set", metavar="KEY=VALUE,...", help="Other settings of stage 1 than the base's, such as start_rate=0.5,bucket_size=8.")] = "",
     seed: Seed = 0, log: Annotated[Path | None, typer.Option("--log", metavar="FOLDER", help="Write a TensorBoard log there.")] = None,
     base: BaseName = DEFAULT_BASE, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
@@ -187,9 +190,12 @@ def meta_train(
 
     if (output / TENSORS).exists():
         raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
+    from .config import read_settings
     from .data import load_dataset
     from .progress import Line, tensorboard
 
+    given = {"rounds": rounds, "direction_people": directions, "subject": subject}
+    changes = (read_settings(settings, "--set") if settings else {}) | {key: value for key, value in given.items() if value is not None} | {"seed": seed}
     people = load_dataset(dataset, open_pictures=True).of_domain(domain)
     _fetch(base)
     from .base import Base
@@ -206,7 +212,7 @@ def meta_train(
             if record:
                 record(report)
 
-        found = finish(learn_domain(opened, people, domain, name or output.name, output, rounds, directions, seed), show)
+        found = finish(learn_domain(opened, people, domain, name or output.name, output, changes), show)
     if not first:
         return {}, ""  # one of several processes speaks for all
     found.save(output)
@@ -343,10 +349,10 @@ def _say_plain(personalizer: Personalizer, who: str) -> None:
         print(f"There is no Meta-Down for {personalizer.base.name}, so {who} learnt as an ordinary LoRA, which takes more steps; make one with meta-train, or give one with --meta-down.", file=sys.stderr)
 
 
-def _scorer(personalizer: Personalizer):
+def _scorer(personalizer: Personalizer, domain: str):
     from .score import Scorer
 
-    return Scorer(personalizer.finder, personalizer.clip)
+    return Scorer(personalizer.finder_of(domain), personalizer.clip)
 
 
 def _anyone(prompt: str, domain: str) -> str:

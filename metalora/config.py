@@ -7,6 +7,7 @@ its ``model_index.json`` that replaces any of them; nothing else in the package 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ DEFAULT_BASE = "miniature"
 SETTINGS_FILE = "metalora.json"
 # Attention and feed-forward layers of every block. Anchored on the blocks: the bare suffix `proj_out` would also hit the final layer.
 BLOCK_LINEARS = r"^(single_)?transformer_blocks\.\d+\.(attn|ff|ff_context|proj_mlp|proj_out)\b"
+FACE, PICTURE = SUBJECTS = ("face", "picture")  # what a domain's photos are of: a face in each; or, where the domain is of things, the whole picture
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,12 @@ class MetaConfig:
     start_rate: float = 0.0  # how far the start goes towards the mean of each bucket's heads; 0: none is learnt
     predict_rank: int = 0  # directions of the start that faces tell; 0: no predictor is fitted
     predict_steps: int = 200  # that every bucket of people learns, with Down held, for the predictor to be fitted on
+    # One of SUBJECTS. Not in the repr, by which a checkpoint is told from those of other settings, for Down is learnt in the same way of both.
+    subject: str = field(default=FACE, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.subject not in SUBJECTS:
+            raise MetaLoraError(f"The subject of a domain is {' or '.join(SUBJECTS)}, not {self.subject}; give one of these.")
 
 
 @dataclass(frozen=True)
@@ -127,8 +135,10 @@ class BaseSettings:
     meta: MetaConfig = field(default_factory=MetaConfig)
     face_pack: str = "buffalo_l"  # folder, or a name that InsightFace knows
     clip: str = "openai/clip-vit-large-patch14"
+    dino: str = "facebook/dinov2-small"  # folder or Hub id; judges likeness in domains whose subject is no face
     det_size: int = 640
     caption_phrases: tuple[tuple[str, ...], ...] = ()  # groups, one of each of which describes what in a photo is not the person
+    thing_phrases: tuple[tuple[str, ...], ...] = ()  # the same for photos of domains whose subject is no face
     prompt_phrases: tuple[tuple[str, ...], ...] = ()  # groups of what prompts may say, for the page
 
     @property
@@ -153,7 +163,7 @@ class BaseSettings:
             raise MetaLoraError(f"{path} must hold one JSON object; mend or remove it.")
         if "resolution" in values:
             values.setdefault("train_resolution", values["resolution"])
-        for key in ("face_pack", "clip"):
+        for key in ("face_pack", "clip", "dino"):
             local = Path(folder) / str(values.get(key, ""))
             if values.get(key) and local.is_dir():
                 values[key] = str(local.resolve())
@@ -167,6 +177,42 @@ def overlay(config: Any, values: Mapping[str, Any], where: str = "the settings")
     if unknown:
         raise MetaLoraError(f"{where} has no setting named {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
     return replace(config, **{k: _convert(getattr(config, k), v, f"{k} in {where}") for k, v in values.items()})
+
+
+def read_settings(text: str, where: str) -> dict[str, Any]:
+    """"learning_rate=2e-3,flow.logit_mean=0.5" as the nested values that `overlay` takes.
+
+    Values are numbers, true or false, lists as [0.6,1.6]. MetaLoraError, which begins with `where`, for anything else and for what is given twice.
+    """
+    settings: dict[str, Any] = {}
+    for part in setting_parts(text):
+        key, _, value = part.partition("=")
+        *outer, last = key.split(".")
+        inner = settings
+        for each in outer:
+            inner = inner.setdefault(each, {})
+            if not isinstance(inner, dict):
+                raise MetaLoraError(f"{where} gives {each} twice; leave out one.")
+        if last in inner:
+            raise MetaLoraError(f"{where} gives {key} twice; leave out one.")
+        inner[last] = _value(value, part, where)
+    return settings
+
+
+def setting_parts(text: str) -> list[str]:
+    """The parts between commas, but for those of a list."""
+    return re.split(r",(?![^\[]*\])", text)
+
+
+def _value(text: str, part: str, where: str) -> Any:
+    try:
+        value = json.loads(text, parse_constant=float)
+    except ValueError:
+        value = None
+    several = value if isinstance(value, list) else [value]
+    if not several or not all(type(v) in (int, float, bool) and abs(v) < 1e9 for v in several):
+        raise MetaLoraError(f"{where} has {part}, which is not understood; write it like learning_rate=2e-3 or margin=[0.6,1.6].")
+    return value
 
 
 def _convert(old: Any, new: Any, where: str) -> Any:

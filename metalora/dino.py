@@ -44,6 +44,11 @@ class Dino:
             images, lambda some: self._model(**self._processor(images=[i.convert("RGB") for i in some], return_tensors="pt")).last_hidden_state[:, 0]
         )
 
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding, d."""
+        return self._model.config.hidden_size
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of its weights, which says which model it is."""

@@ -24,11 +24,12 @@ from PIL import Image
 from safetensors.torch import save
 
 from . import hub, peer
-from .config import AdaptConfig
+from .config import FACE, PICTURE, AdaptConfig
 from .data import METADATA, Dataset, Subject, load_dataset
 from .degrade import Degradation
 from .dino import Dino
 from .errors import MetaLoraError
+from .face import Finder
 from .files import save_json, write_atomically
 from .generate import GenerateConfig, Person, generate, save_png, unload_people
 from .identity import Identity
@@ -51,8 +52,8 @@ class Someone:
 
     number: int  # place in the gallery
     subject: Subject
-    photos: np.ndarray  # (m, 512) embeddings of the references
-    others: np.ndarray  # (k, 512) of the other photos; NaN where no face was found
+    photos: np.ndarray  # (m, d) embeddings of the references
+    others: np.ndarray  # (k, d) of the other photos; NaN where no face was found
 
     @property
     def file(self) -> str:
@@ -71,7 +72,7 @@ def evaluate(
     worse; what it is judged by stays as it is. With `dino`, the Hub id or folder of a DINO model, pictures get that score too.
     Under `accelerate launch`, or started several times, the processes share the people, one at a time each; the first of a
     launch waits for all and writes the report, and the summary of the others is empty.
-    Raises MetaLoraError for a faulty dataset, an unknown method, or an output folder of other settings.
+    Raises MetaLoraError for a faulty dataset, one of people and things together, an unknown method, or an output folder of other settings.
     """
     named = [Method.parse(name) for name in methods]
     worse = [method.degraded(how) for how in map(Degradation.parse, degrade) for method in named if method.kind in LEARNING and not method.degrade]
@@ -81,9 +82,11 @@ def evaluate(
     data = load_dataset(folder, need_prompts=True, need_others=True)
     bench = Bench(personalizer, data, Path(output), steps, seed, strength, Dino(hub.model_folder(dino)) if dino else None)
     people, left_out = yield from bench.meet()
-    gallery = np.stack([gallery_entry(p.others) for p in people])  # (g, 512)
+    gallery = np.stack([gallery_entry(p.others) for p in people])  # (g, d)
     settings = {"dataset": _sha256(Path(folder).expanduser() / METADATA), "prompts": data.prompts, "gallery": len(people), "seed": seed, "strength": strength}
     settings["dino"] = bench.scorer.dino.sha256 if bench.scorer.dino else ""
+    if bench.scorer.finder.whole:
+        settings |= {"subject": PICTURE, "seen_by": bench.scorer.finder.dino.sha256}
     for method in chosen:
         bench.claim(method, settings, people)
     wanted = {person.file: person for person in people[:limit]}
@@ -124,6 +127,17 @@ def together(methods: Sequence[Method]) -> list[list[Method]]:
     return list(groups.values())
 
 
+def finder_of(personalizer: Personalizer, data: Dataset) -> Finder:
+    """What finds the subjects of a dataset. MetaLoraError where it has both people and things, for their embeddings are of two spaces."""
+    domains: dict[str, list[str]] = {}
+    for domain in sorted({subject.domain for subject in data.subjects}):
+        domains.setdefault(personalizer.subject_of(domain), []).append(domain)
+    if len(domains) > 1:
+        faces, things = (", ".join(domains[subject]) for subject in (FACE, PICTURE))
+        raise MetaLoraError(f"The dataset mixes domains of people ({faces}) with domains of things ({things}), whose likeness is measured in other ways; evaluate each in a dataset of its own.")
+    return personalizer.finder_of(data.subjects[0].domain)
+
+
 class Bench:
     """The people, the parts that score, and the folder."""
 
@@ -135,7 +149,7 @@ class Bench:
         common = {name: getattr(settings.adapt, name) for name in ("crops", "margin", "background", "prior_pictures", "ema", "flow")}
         self.plain = replace(settings.plain, **common, **same)
         self.peer = peer.PeerConfig(**same)  # no setting of ours is its concern
-        self.scorer = Scorer(personalizer.finder, personalizer.clip, dino)
+        self.scorer = Scorer(finder_of(personalizer, data), personalizer.clip, dino)
 
     def meet(self) -> Generator[Progress, None, tuple[list[Someone], dict[str, str]]]:
         """Embed everybody's photos. Who cannot be learnt or recognised is left out, with the reason."""
@@ -144,7 +158,7 @@ class Bench:
         pace = Pace(len(self.data.subjects))
         for count, subject in enumerate(self.data.subjects, 1):
             try:
-                photos = np.stack([self.personalizer.pick(load_photo(i.path)).embedding for i in subject.references])
+                photos = np.stack([self.scorer.finder.pick(load_photo(i.path)).embedding for i in subject.references])
                 others = self.scorer.faces([load_photo(i.path) for i in subject.others])
                 if np.isnan(gallery_entry(others)).any():
                     raise MetaLoraError("No face was found in any of the other photos.")
@@ -174,7 +188,7 @@ class Bench:
         path = self.output / folder_of(method.name) / SETTINGS
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
-            other = [key for key in settings if found.get(key) != settings[key]]
+            other = [key for key in dict.fromkeys([*settings, "subject"]) if found.get(key) != settings.get(key)]
             if other:
                 raise MetaLoraError(f"{path.parent} was made with other settings ({', '.join(other)}); choose another output folder, or remove it.")
         save_json(path, settings)
@@ -271,11 +285,11 @@ class Bench:
         photos = [load_photo(item.path) for item in person.subject.references]
         if method.degrade is None:
             return photos
-        seen = [method.degrade.apply(photo, self.personalizer.pick(photo).box, self.seed + person.number) for photo in photos]
+        seen = [method.degrade.apply(photo, self.scorer.finder.pick(photo).box, self.seed + person.number) for photo in photos]
         for place, photo in enumerate(seen):
             save_png(photo, self.path(person, method).with_name(f"{person.file}-photo-{place}.png"))
             try:
-                self.personalizer.pick(photo)
+                self.scorer.finder.pick(photo)
             except MetaLoraError as error:
                 raise LostFace(str(error)) from error
         return seen

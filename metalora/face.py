@@ -1,10 +1,14 @@
-"""Faces in a picture: where they are and whose they look like, by InsightFace's FaceAnalysis on a pack of ONNX files."""
+"""Faces in a picture: where they are and whose they look like, by InsightFace's FaceAnalysis on a pack of ONNX files.
+
+Where the subject is no face, another finder stands in for that of faces; see subject.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +27,12 @@ FLATTEST = 8  # widest ratio of the sides that the detector is given; flatter pi
 
 @dataclass(frozen=True, eq=False)
 class Face:
-    """One face of a picture."""
+    """One face of a picture, or what stands for it where the subject is no face."""
 
     box: tuple[float, float, float, float]  # left, top, right, bottom, px, inside the picture
-    keypoints: np.ndarray  # (5, 2) px: eyes from left to right as seen, nose, corners of the mouth
+    keypoints: np.ndarray  # (5, 2) px: eyes from left to right as seen, nose, corners of the mouth; (0, 2) for no face
     score: float  # how sure the detector is, 0 … 1
-    embedding: np.ndarray  # (512,) float32, unit length; the dot product of two is their cosine
+    embedding: np.ndarray  # (d,) float32, unit length; the dot product of two is their cosine
     number: int = 1  # its place from the left, from 1
 
     @property
@@ -37,11 +41,43 @@ class Face:
         return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
 
 
-class FaceFinder:
+class Finder(ABC):
+    """Finds the subjects of pictures and embeds them."""
+
+    width: int  # d, numbers of an embedding
+    whole = False  # whether the subject is every picture as a whole, so that nothing lies outside it
+
+    @classmethod
+    @abstractmethod
+    def of(cls, settings: BaseSettings) -> Finder:
+        """The one that a base model's settings name."""
+
+    @abstractmethod
+    def detect(self, image: Image.Image) -> list[Face]:
+        """All subjects, the largest first, numbered from left to right; an empty list for none."""
+
+    @abstractmethod
+    def pick(self, image: Image.Image, face: int | None = None) -> Face:
+        """The one subject of a picture, or the one with that number; MetaLoraError for none, or for several and no number."""
+
+    def embed(self, image: Image.Image) -> np.ndarray | None:
+        """Embedding (d,) of the largest subject, unit length, or None where there is none."""
+        found = self.detect(image)
+        return found[0].embedding if found else None
+
+    def embed_all(self, images: Iterable[Image.Image]) -> np.ndarray:
+        """Embeddings (n, d) of the largest subject of each picture that shows one."""
+        found = [embedding for image in images if (embedding := self.embed(image)) is not None]
+        return np.stack(found) if found else np.zeros((0, self.width), np.float32)
+
+
+class FaceFinder(Finder):
     """Finds and embeds faces. `pack` is a folder with a detector and a recogniser as ONNX, or a pack that InsightFace knows.
 
     Raises MetaLoraError where the pack is missing, incomplete or damaged, or cannot be fetched.
     """
+
+    width = 512
 
     def __init__(self, pack: str | Path, det_size: int = 640):
         self.pack = str(pack)
@@ -80,16 +116,6 @@ class FaceFinder:
             shown = "1 face, so --face can only be 1" if len(found) == 1 else f"{len(found)} faces, so --face is 1 to {len(found)}"
             raise MetaLoraError(f"There is no face {face}; the photo shows {shown}.")
         return found[face - 1]
-
-    def embed(self, image: Image.Image) -> np.ndarray | None:
-        """Embedding (512,) of the largest face, unit length, or None where there is no face."""
-        found = self.detect(image)
-        return found[0].embedding if found else None
-
-    def embed_all(self, images: Iterable[Image.Image]) -> np.ndarray:
-        """Embeddings (n, d) of the largest face of each picture that shows one."""
-        found = [embedding for image in images if (embedding := self.embed(image)) is not None]
-        return np.stack(found) if found else np.zeros((0, 512), np.float32)
 
     def _look(self, pixels: np.ndarray, padding: float) -> list[Face]:
         height, width = pixels.shape[:2]

@@ -167,7 +167,7 @@ class Handlers:
         with one_sentence():
             if not photo:
                 raise MetaLoraError("Pick one of the sample people or upload a photo first.")
-            card, started = cards.Learning(cards.data_uri(self.studio.portrait(photo, int(face) or None))), time.monotonic()
+            card, started = cards.Learning(cards.data_uri(self.studio.portrait(photo, domain, int(face) or None))), time.monotonic()
         yield [*nothing, gr.skip(), card.preparing(), *busy]
         try:
             with one_sentence():

@@ -17,11 +17,12 @@ predictor is fitted that tells them from the face; see predict.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -31,16 +32,17 @@ from . import prompts
 from .adapter import Adapter, Factors, attach, random_downs
 from .base import Base
 from .cache import TrainingSet, encode, face_mask, mirrored, to_tensor, to_weights
-from .config import SETTINGS_FILE, AdapterConfig, MetaConfig
+from .config import PICTURE, SETTINGS_FILE, AdapterConfig, MetaConfig, overlay
 from .data import Item, Subject, kept_out
 from .directions import leading_directions
 from .errors import MetaLoraError
-from .face import FaceFinder
+from .face import Finder
 from .files import load_tensors, save_tensors
 from .metadown import MetaDown
 from .photo import load_photo
 from .predict import fit_predictor
 from .processes import here
+from .subject import finder_for
 from .train import Clock, Share, StepReport, fit, flow_loss, optimizer, wholes
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -113,7 +115,7 @@ def meta_train(
             loss = _validate(base, heads, unseen, config, state.start)
             yield clock.tick(loss, validation=loss)
         summary = {**asdict(config), "subjects": subjects, "steps": config.rounds * config.bucket_steps}
-        found = MetaDown(state.downs, shape, name, domain, base.name, base.fingerprint, summary, start=state.start)
+        found = MetaDown(state.downs, shape, name, domain, base.name, base.fingerprint, summary, start=state.start, subject=config.subject)
         if not config.predict_rank:
             return found
         people: list[Factors] = []
@@ -252,7 +254,7 @@ def _resume(checkpoint: Path | None, stamp: dict[str, str]) -> _State | None:
     return _State(parts["down."], parts["moment."], int(found["round"]), start)
 
 
-def bucket_of_photos(base: Base, people: Sequence[Sequence[Item]], words: str, finder: FaceFinder | None = None, background: float = 1.0) -> Bucket:
+def bucket_of_photos(base: Base, people: Sequence[Sequence[Item]], words: str, finder: Finder | None = None, background: float = 1.0) -> Bucket:
     """A bucket source that reads photos with their captions from disk: people[s] are those of subject s.
 
     Every photo is cut to its central square and also mirrored; `words` stand for the person in its caption. With a
@@ -272,19 +274,20 @@ def bucket_of_photos(base: Base, people: Sequence[Sequence[Item]], words: str, f
     return encode_bucket
 
 
-def _mask(finder: FaceFinder, photo: Image.Image, background: float) -> Image.Image:
+def _mask(finder: Finder, photo: Image.Image, background: float) -> Image.Image:
     found = finder.detect(photo)
     return face_mask(photo.size, found[0].box, background) if found else Image.new("L", photo.size, round(255 * background))
 
 
 def learn_domain(
-    base: Base, people: list[Subject], domain: str, name: str, folder: Path, rounds: int | None = None, directions: int | None = None, seed: int = 0
+    base: Base, people: list[Subject], domain: str, name: str, folder: Path, changes: Mapping[str, Any] | None = None
 ) -> Generator[StepReport, None, MetaDown]:  # fmt: skip
-    """Stage 1 on a dataset's people of one domain, some of whom are kept out to judge it; see `meta_train`."""
-    given = {"rounds": rounds, "direction_people": directions}
-    config = replace(base.settings.meta, seed=seed, **{key: value for key, value in given.items() if value is not None})
+    """Stage 1 on a dataset's people of one domain, some of whom are kept out to judge it; see `meta_train`. `changes` are laid over the base's settings."""
+    config = overlay(base.settings.meta, changes or {}, "stage 1")
+    if config.subject == PICTURE:
+        config = replace(config, background=1.0)  # nothing lies outside a whole picture
     learnt, unseen = kept_out(people, min(config.validation_people, config.bucket_size))
-    finder = FaceFinder.of(base.settings) if config.background < 1 or config.predict_rank else None
+    finder = finder_for(base.settings, config.subject) if config.background < 1 or config.predict_rank else None
     bucket = partial(bucket_of_photos, base, words=f"{base.settings.trigger} {domain}", finder=finder, background=config.background)
     halves = [[s.items[k::2] for s in unseen] for k in (0, 1)]
     judged = tuple(bucket(half)(range(len(half))) for half in halves) if unseen else None
@@ -292,6 +295,6 @@ def learn_domain(
     return meta_train(base, len(learnt), bucket([s.items for s in learnt]), domain, config, name=name, folder=folder, unseen=judged, faces=faces)
 
 
-def _faces(finder: FaceFinder, people: Sequence[Subject]) -> list[Tensor]:
+def _faces(finder: Finder, people: Sequence[Subject]) -> list[Tensor]:
     """Embeddings (photos, d) of everybody, of the photos in which a face is found."""
     return [torch.from_numpy(finder.embed_all(load_photo(item.path) for item in person.items)) for person in people]

@@ -14,7 +14,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from .adapter import Factors
-from .config import FORMAT_VERSION, AdapterConfig, overlay
+from .config import FACE, FORMAT_VERSION, SUBJECTS, AdapterConfig, overlay
 from .errors import MetaLoraError
 from .files import CARD, CONFIG, MORE, PREDICTOR, START, TENSORS, load_tensors, save_json, save_tensors, write_atomically
 from .licence import front_matter, notice
@@ -35,6 +35,7 @@ class MetaDown:
     licence: str = "cc0-1.0"
     start: Factors = field(default_factory=dict)  # layer name → Mid, Up that a new person begins with; none: fresh ones
     predictor: Predictor | None = None  # tells a start of one's own from the face
+    subject: str = FACE  # what the domain's photos are of, one of SUBJECTS
 
     @cached_property
     def sha256(self) -> str:
@@ -71,6 +72,7 @@ class MetaDown:
             "format_version": FORMAT_VERSION,
             "name": self.name,
             "domain": self.domain,
+            "subject": self.subject,
             "base": self.base,
             "base_fingerprint": self.base_fingerprint,
             "adapter": asdict(self.adapter),
@@ -90,11 +92,13 @@ class MetaDown:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             adapter = overlay(AdapterConfig(), config["adapter"], f"{folder / CONFIG}")
             version = int(config["format_version"])
-            values = {k: config[k] for k in ("name", "domain", "base", "base_fingerprint", "training", "licence")}
+            values = {k: config[k] for k in ("name", "domain", "base", "base_fingerprint", "training", "licence")} | {"subject": config.get("subject", FACE)}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MetaLoraError(f"{folder} is not a Meta-Down folder: its {CONFIG} is missing or damaged.") from error
         if version > FORMAT_VERSION:
             raise MetaLoraError(f"The Meta-Down in {folder} was made by a newer Meta-LoRA; update this one.")
+        if values["subject"] not in SUBJECTS:
+            raise MetaLoraError(f"The Meta-Down in {folder} is of a subject that is not known here ({values['subject']}); update Meta-LoRA, or get the folder afresh.")
         tensors, _ = load_tensors(folder / TENSORS, "a Meta-Down")
         named = {name for name, key in MORE.items() if config.get(key)}
         start = _load_start(folder / START, tensors) if START in named else {}
@@ -148,6 +152,7 @@ The shared factor of a three-factor adapter, y = W x + s · Up · Mid · Down ·
 {m.base}. It belongs to no person: Mid and Up of a new person are trained on top of it, from one photo.
 Method: "Meta-LoRA: Meta-Learning LoRA Components for Domain-Aware ID Personalization", arXiv 2503.22352.
 
+- subject of its photos: {"a face" if m.subject == FACE else "the whole picture"}
 - base fingerprint: {m.base_fingerprint}
 - ranks: Meta-Down {a.meta_rank}, person {a.rank}; scale {a.scale}
 - adapted layers: {len(m.tensors)}, those that match `{a.targets}`

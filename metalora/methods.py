@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from .config import AdaptConfig, overlay
+from .config import AdaptConfig, overlay, read_settings, setting_parts
 from .degrade import Degradation
 from .errors import MetaLoraError
 
@@ -49,13 +48,13 @@ class Method:
         base, stem, meta, lora, rank, asked, at = found.groups()
         steps, settings = int(at) if at else None, {}
         if asked is not None:
-            settings, own = _settings(asked[1:], name)
+            settings, own = _settings(asked[1:], f"The method {name}")
             if lora == PEER and set(settings) - OF_THE_PEER:
                 raise MetaLoraError(f"Of diffusers' script {' and '.join(sorted(OF_THE_PEER))} can be set, and the steps; leave out the rest of {name}.")
             if own is not None and steps is not None:
                 raise MetaLoraError(f"The method {name} gives its steps twice; leave out one.")
             steps = own or steps
-            others = [part for part in _parts(asked[1:]) if not part.startswith("steps=")]
+            others = [part for part in setting_parts(asked[1:]) if not part.startswith("steps=")]
             stem = stem.removesuffix(asked) + (":" + ",".join(others) if others else "")
         if len(name) > LONGEST:
             raise MetaLoraError(f"The name of a method has at most {LONGEST} characters, not {len(name)}; change fewer settings at a time.")
@@ -73,47 +72,20 @@ class Method:
         return overlay(config, self.settings | ({"steps": self.steps} if self.steps else {}), f"the method {self.name}")
 
 
-def _parts(text: str) -> list[str]:
-    return re.split(r",(?![^\[]*\])", text)  # not at the commas of a list
-
-
-def _settings(text: str, name: str) -> tuple[dict[str, Any], int | None]:
+def _settings(text: str, where: str) -> tuple[dict[str, Any], int | None]:
     """key=value,… as nested settings that AdaptConfig takes, and the steps, which are kept apart."""
-    settings: dict[str, Any] = {}
-    for part in _parts(text):
-        key, _, value = part.partition("=")
-        *outer, last = key.split(".")
-        inner = settings
-        for each in outer:
-            inner = inner.setdefault(each, {})
-            if not isinstance(inner, dict):
-                raise MetaLoraError(f"The method {name} gives {each} twice; leave out one.")
-        if last in inner:
-            raise MetaLoraError(f"The method {name} gives {key} twice; leave out one.")
-        inner[last] = _value(value, part, name)
+    settings = read_settings(text, where)
     if "seed" in settings:
         raise MetaLoraError("The seed is the same for all methods; give it with --seed.")
-    _check(overlay(AdaptConfig(), settings, f"the method {name}"), name)
+    _check(overlay(AdaptConfig(), settings, where), where)
     return settings, settings.pop("steps", None)
 
 
-def _value(text: str, part: str, name: str) -> Any:
-    """A number, true or false, or a list as [0.6,1.6]."""
-    try:
-        value = json.loads(text, parse_constant=float)
-    except ValueError:
-        value = None
-    several = value if isinstance(value, list) else [value]
-    if not several or not all(type(v) in (int, float, bool) and abs(v) < 1e9 for v in several):
-        raise MetaLoraError(f"{part} in the method {name} is not understood; write it like learning_rate=2e-3 or margin=[0.6,1.6].")
-    return value
-
-
-def _check(config: AdaptConfig, name: str) -> None:
+def _check(config: AdaptConfig, where: str) -> None:
     counts = min(config.steps, config.batch_size, config.crops) >= 1
     sizes = min(config.learning_rate, config.max_grad_norm, config.flow.logit_std, config.up_rate, config.scale) > 0
     rest = min(config.weight_decay, config.warmup_steps, config.prior_pictures, config.rank, config.meta_rank) >= 0
     shares = all(0 <= share <= 1 for share in (config.background, config.start_mid, config.start_up, config.start_face, config.skip_blocks, config.ema)) and max(config.skip_blocks, config.ema) < 1
     margin = len(config.margin) == 2 and 0 <= config.margin[0] <= config.margin[1]
     if not (counts and sizes and rest and shares and margin):
-        raise MetaLoraError(f"The method {name} has a setting out of range: counts are 1 or more, rates above 0, shares 0 to 1, a margin goes from less to more.")
+        raise MetaLoraError(f"{where} has a setting out of range: counts are 1 or more, rates above 0, shares 0 to 1, a margin goes from less to more.")

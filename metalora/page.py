@@ -21,7 +21,8 @@ PROMPTS = ["a photo of {person} in a green park", "a photo of {person} wearing a
 INTRO = "# Meta-LoRA\nOne photo of a face becomes a small LoRA file, and pictures of that person in any scene."
 LIKENESS = (
     "Both are cosines between face embeddings: the same face is near 1, strangers are near 0. The similarity is to the photo that was learnt from. "
-    "R-FaceSim is to other photos of the person, so that copying the photo does not raise it."
+    "R-FaceSim is to other photos of the person, so that copying the photo does not raise it. "
+    "For a thing, whole pictures are compared in place of faces, by a DINO model."
 )
 
 

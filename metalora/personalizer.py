@@ -19,17 +19,18 @@ from . import adapt as stage2
 from . import cache, hub
 from .base import OUT_OF_MEMORY, Base, choice_for
 from .clip import Clip
-from .config import DEFAULT_BASE, AdaptConfig
+from .config import DEFAULT_BASE, FACE, AdaptConfig
 from .errors import MetaLoraError
 from .generate import GenerateConfig, Person, generate, render, unload_people
 from .identity import ExportFormat, Identity
 from .metadown import MetaDown
 from .photo import load_photo
 from .prompts import PLACE, Captioner, anyone, fill, mirrored
+from .subject import finder_for
 from .train import StepReport
 
 if TYPE_CHECKING:
-    from .face import Face, FaceFinder
+    from .face import Face, Finder
 
 Photo = Any  # a path, bytes, a PIL image or an array
 Method = Callable[..., Generator[StepReport, None, Identity]]  # (data, config, preview=..., preview_every=...)
@@ -52,9 +53,8 @@ class Personalizer:
         self.base = base
         self._given = meta_down
         self._meta_downs: dict[str, MetaDown] = {}
-        self._finder: FaceFinder | None = None
+        self._finders: dict[str, Finder] = {}
         self.clip = Clip(base.settings.clip)
-        self._captioner = Captioner(self.clip, base.settings.caption_phrases)
         self._running: Generator | None = None
         self._encoded: Encoded | None = None
         self._own: tuple[Any, list[cache.TrainingSet]] | None = None
@@ -126,13 +126,22 @@ class Personalizer:
         return self._given
 
     @property
-    def finder(self) -> FaceFinder:
+    def finder(self) -> Finder:
         """Finds and embeds faces; loaded on first use."""
-        if self._finder is None:
-            from .face import FaceFinder
+        return self._finder(FACE)
 
-            self._finder = FaceFinder.of(self.base.settings)
-        return self._finder
+    def finder_of(self, domain: str) -> Finder:
+        """Finds and embeds what the photos of a domain are of; loaded on first use."""
+        return self._finder(self.subject_of(domain))
+
+    def _finder(self, subject: str) -> Finder:
+        if subject not in self._finders:
+            self._finders[subject] = finder_for(self.base.settings, subject)
+        return self._finders[subject]
+
+    def subject_of(self, domain: str) -> str:
+        """What the photos of a domain are of, as its Meta-Down says; without one a face."""
+        return self.meta_down(domain).subject if domain in self.domains else FACE
 
     def adapt(
         self, photos: Photo | Sequence[Photo], domain: str, steps: int | None = None, seed: int = 0, *,
@@ -200,25 +209,31 @@ class Personalizer:
         data = self.encode(photos, domain, config, face)
         preview = self._preview(domain) if preview_every else None
         with plain_faults():
-            if config.prior_pictures:
+            if config.prior_pictures and not self.finder_of(domain).whole:  # in pictures of others the subject does not count, which is all of them here
                 data = cache.merge([data, *self._prior(domain, config.prior_pictures, config.seed)])
             unload_people(self.base)
             return (yield from learn(data, config, preview=preview, preview_every=preview_every))
 
     def encode(self, photos: Sequence[Photo], domain: str, config: AdaptConfig | None = None, face: int | None = None) -> cache.TrainingSet:
-        """Photos → crops round the face with captions, encoded: what stage 2 trains on. The last set is kept for another try."""
+        """Photos → crops round the face with captions, encoded: what stage 2 trains on. The last set is kept for another try.
+
+        Where the whole picture is the subject there is one crop, the largest square, and no background.
+        """
         config = config or self.adapt_config
+        if self.finder_of(domain).whole:
+            config = replace(config, crops=1, background=1.0)
         images = [load_photo(photo) for photo in photos]
         seen = [(image.size, hashlib.sha256(image.tobytes()).digest()) for image in images]
         key = (seen, domain, face, config.crops, config.margin, config.background, config.seed)
         if self._encoded is None or self._encoded.key != key:
-            faces = [self.pick(image, face) for image in images]
+            faces = [self.pick(image, domain, face) for image in images]
             mean = np.mean([found.embedding for found in faces], axis=0)
             self._encoded = Encoded(key, self._encode(images, faces, domain, config), mean / np.linalg.norm(mean))
         return self._encoded.data
 
     def _encode(self, images: Sequence[Image.Image], faces: Sequence[Face], domain: str, config: AdaptConfig) -> cache.TrainingSet:
         settings = self.base.settings
+        captioner = Captioner(self.clip, settings.thing_phrases if self.finder_of(domain).whole else settings.caption_phrases)
         crops, masks, captions = [], [], []
         for number, (image, found) in enumerate(zip(images, faces)):
             box = found.box
@@ -228,7 +243,7 @@ class Personalizer:
             )
             crops += cut
             masks += mask
-            caption = self._captioner.caption(cut[0], f"{settings.trigger} {domain}", domain)
+            caption = captioner.caption(cut[0], f"{settings.trigger} {domain}", domain)
             captions += [caption] * (len(cut) // 2) + [mirrored(caption)] * (len(cut) // 2)
         with plain_faults():
             return cache.encode(self.base, cache.to_tensor(crops), captions, masks=cache.to_weights(masks) if config.background < 1 else None)
@@ -252,9 +267,9 @@ class Personalizer:
             self._own = (domain, count, seed), sets
         return self._own[1]
 
-    def pick(self, image: Image.Image, face: int | None = None) -> Face:
-        """The one face of a photo, or its number `face`; MetaLoraError for none, or for several and no number."""
-        return self.finder.pick(image, face)
+    def pick(self, image: Image.Image, domain: str, face: int | None = None) -> Face:
+        """The one face of a photo, or its number `face`, or what else the domain is of; MetaLoraError for none, or for several and no number."""
+        return self.finder_of(domain).pick(image, face)
 
     def _preview(self, domain: str) -> stage2.Preview:
         settings = self.base.settings

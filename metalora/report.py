@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .config import FACE
 from .errors import MetaLoraError
 from .files import save_json, write_atomically
 from .score import interval, number
@@ -40,7 +41,7 @@ def write_report(output: str | Path, methods: Sequence[str], left_out: dict[str,
     gallery = settings["gallery"]
     summary = {
         "base": settings["base"], "gallery": gallery, "chance": 1 / gallery, "prompts": settings["prompts"], "seed": settings["seed"],
-        "strength": settings.get("strength", 1.0),
+        "strength": settings.get("strength", 1.0), "subject": settings.get("subject", FACE),
         "methods": {name: summarise(rows) | {key: each[name][key] for key in ("steps", "degrade") if key in each[name]} for name, rows in found.items()},
         "paired": differences({name: rows for name, rows in found.items() if each[name]["steps"]}),
         "left_out": left_out or {},

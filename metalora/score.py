@@ -14,7 +14,7 @@ from PIL import Image
 
 from .clip import Clip
 from .dino import Dino
-from .face import FaceFinder
+from .face import Finder
 
 
 def similarity(faces: np.ndarray, photos: np.ndarray) -> np.ndarray:
@@ -74,17 +74,17 @@ def interval(groups: Sequence[np.ndarray], level: float = 0.95, draws: int = 200
 
 @dataclass(frozen=True)
 class Scorer:
-    """Puts numbers to pictures with a face pack, a CLIP and, where there is one, a DINO."""
+    """Puts numbers to pictures with a finder of faces, or of what else is the subject, a CLIP and, where there is one, a DINO."""
 
-    finder: FaceFinder
+    finder: Finder
     clip: Clip
     dino: Dino | None = None
 
     def faces(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Embedding (n, 512) of the largest face of each picture; a row of NaN where there is none."""
+        """Embedding (n, d) of the largest face of each picture; a row of NaN where there is none."""
         found = [self.finder.embed(image) for image in images]
-        rows = [np.full(512, np.nan, np.float32) if face is None else face for face in found]
-        return np.stack(rows) if rows else np.zeros((0, 512), np.float32)
+        rows = [np.full(self.finder.width, np.nan, np.float32) if face is None else face for face in found]
+        return np.stack(rows) if rows else np.zeros((0, self.finder.width), np.float32)
 
     def clip_t(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         """CLIP-T (n,): cosine of each picture to its own prompt."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Learnt:
-    """A person of one session: the identity, and the face embeddings (n, 512), unit length, to score likeness against."""
+    """A person of one session: the identity, and the embeddings (n, d) of photos, unit length, to score likeness against."""
 
     identity: Identity
     photos: np.ndarray | None = None
@@ -129,9 +129,9 @@ class Studio:
         from .personalizer import Personalizer
 
         personalizer = Personalizer.open(self.base, self.meta_down, plan=self.plan)
-        for domain in personalizer.domains:
-            personalizer.meta_down(domain)
         personalizer.finder  # loaded now, so that the first photo need not wait
+        for domain in personalizer.domains:
+            personalizer.finder_of(domain)
         return personalizer
 
     def _take(self, report: hub.Fetched) -> None:
@@ -164,19 +164,21 @@ class Studio:
         """The faces of a picture. MetaLoraError where it shows none."""
         return self.personalizer.finder.detect(image)
 
-    def portrait(self, photo: Any, face: int | None) -> Image.Image:
+    def portrait(self, photo: Any, domain: str, face: int | None) -> Image.Image:
         """What the learning card shows: the photo, or of several faces the one that was chosen."""
         from .face import crop
 
-        image = self.open_photo(photo)
-        return image if face is None else crop(image, self.personalizer.pick(image, face), self.settings.resolution)
+        image, finder = self.open_photo(photo), self.personalizer.finder_of(domain)
+        return image if face is None or finder.whole else crop(image, finder.pick(image, face), self.settings.resolution)
 
     def learn(
         self, photo: Any, domain: str, *, face: int | None, steps: int, seed: int, held_out: Sequence[Any], stop: StopFlag, preview_every: int
     ) -> Generator[StepReport, None, Learnt]:
         """Learn a person; yields every step, returns what the session keeps. Cancelled within a step of the stop wish."""
         personalizer = self.personalizer
-        photos, others = self._embed([photo], face), self._embed(held_out, None)
+        if personalizer.finder_of(domain).whole:
+            face = None  # chosen before the domain was
+        photos, others = self._embed([photo], domain, face), self._embed(held_out, domain, None)
         run = personalizer.adapt_steps([photo], domain, steps, seed, face=face, preview_every=preview_every)
         try:
             while True:
@@ -187,10 +189,10 @@ class Studio:
         finally:
             run.close()
 
-    def _embed(self, photos: Sequence[Any], face: int | None) -> np.ndarray | None:
+    def _embed(self, photos: Sequence[Any], domain: str, face: int | None) -> np.ndarray | None:
         import numpy as np
 
-        found = [self.personalizer.pick(self.open_photo(photo), face).embedding for photo in photos]
+        found = [self.personalizer.pick(self.open_photo(photo), domain, face).embedding for photo in photos]
         return np.stack(found) if found else None
 
     def generate(self, learnt: Learnt, order: Order, folder: Path, stop: StopFlag) -> Iterator[Picture]:
@@ -206,10 +208,10 @@ class Studio:
             yield Picture(image, path, *self._likeness(image, learnt))
 
     def _likeness(self, image: Image.Image, learnt: Learnt) -> tuple[float | None, float | None]:
-        """Mean cosines of the picture's face to the photo learnt from and to the held-out photos."""
+        """Mean cosines of the picture's face, or of the whole, to the photo learnt from and to the held-out photos."""
         if learnt.photos is None and learnt.held_out is None:
             return None, None
-        face = self.personalizer.finder.embed(image)  # (512,)
+        face = self.personalizer.finder_of(learnt.identity.domain).embed(image)  # (d,)
         return tuple(None if face is None or them is None else float((them @ face).mean()) for them in (learnt.photos, learnt.held_out))
 
     def load(self, path: str | Path) -> Learnt:

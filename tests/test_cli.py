@@ -148,6 +148,11 @@ def test_a_meta_down_is_trained_and_used(call, people):
     assert code == 0 and "step 1/1" in err and MetaDown.load("other").sha256 == json.loads(out)["sha256"]
     code, _, err = call("meta-train", people, "--domain", "man", "--output", "none", "--rounds", 0)
     assert code == 2 and "learns nothing" in err and not Path("none").exists()
+    code, out, err = call("meta-train", people, "--domain", "man", "--output", "set", "--rounds", 1, "--set", "bucket_steps=3,warmup_steps=1,flow.logit_mean=0.5", "--json")
+    assert code == 0 and "step 3/3" in err and MetaDown.load("set").training["flow"]["logit_mean"] == 0.5
+    for wrong, says in {"pace=2": "stage 1 has no setting named pace", "bucket_steps": "--set has bucket_steps, which is not understood", "seed=1,seed=2": "twice"}.items():
+        code, _, err = call("meta-train", people, "--domain", "man", "--output", "none", "--set", wrong)
+        assert code == 2 and says in err.replace("Stage", "stage") and not Path("none").exists()
 
 
 @pytest.mark.one_family

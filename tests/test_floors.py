@@ -14,7 +14,7 @@ FLOORS = [
     {"flux", "flux2", "data", "metadown", "prompts", "degrade", "processes", "dino"},
     {"families"},
     {"identity", "hub", "plan"},
-    {"quantise", "publish"},
+    {"quantise", "publish", "subject"},
     {"base"},
     {"cache", "foreign"},
     {"train", "score", "webreport", "methods", "peer"},

@@ -16,16 +16,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metalora.base import Base
+from metalora.dino import Dino
 from metalora.errors import MetaLoraError
-from metalora.miniature import attribute_check, attributes, world_check
+from metalora.miniature import assemble, attribute_check, attributes, likeness, world_check
 from metalora.miniature.__main__ import main
 from metalora.miniature.attributes import HEADS, NONE, UNSEEN, AttributeTask, Classifier, label, labels, train_attributes
-from metalora.miniature.facepack import kernel_distance
+from metalora.miniature.facepack import kernel_distance, separation
 from metalora.miniature.people import HELD_OUT, person, scene
 from metalora.miniature.pipeline import MiniatureConfig
 from metalora.miniature.render import render
 from metalora.miniature.shards import Shards
-from metalora.miniature.training import Job, write_result
+from metalora.miniature.training import Job, read_figures, write_result
 from tests.conftest import TINY
 
 SIZE = 32
@@ -90,6 +91,65 @@ def test_the_classifier_learns_what_can_be_seen_and_comes_back_as_trained(tmp_pa
     assert figures["mean_right"] == pytest.approx(sum(figures["right"].values()) / len(HEADS), abs=1e-4)
     found = attributes.trained_classifier(job).read_off(shards.images)
     assert torch.equal(found[:, 0], labels(shards)[0][:, 0])
+
+
+# The likeness of things
+
+
+def write_things(folder: Path, things: range, pictures: int = 3) -> None:
+    """A dataset of squares: a thing is an outer and an inner colour, its scenes are places on grey grounds."""
+    folder.mkdir()
+    lines = []
+    for thing in things:
+        colours = np.random.default_rng(thing).integers(0, 256, (2, 3))
+        for k in range(pictures):
+            rng = np.random.default_rng([thing, k])
+            image = np.empty((SIZE, SIZE, 3), np.uint8)
+            image[:], (y, x) = rng.integers(0, 256), rng.integers(0, SIZE - 20, 2)
+            image[y : y + 20, x : x + 20], image[y + 5 : y + 15, x + 5 : x + 15] = colours
+            Image.fromarray(image).save(folder / f"{thing}-{k}.png")
+            row = {"file_name": f"{thing}-{k}.png", "text": "a photo of {person}", "identity": str(thing), "domain": "square"}
+            lines.append(json.dumps(row | {"role": "other" if k else "reference"}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+
+
+def test_likeness_is_learnt_goes_on_and_is_read_as_any_dino(tmp_path: Path, monkeypatch, capsys):
+    for name, small in {"WIDTH": 64, "LAYERS": 2, "PATCH": 8}.items():
+        monkeypatch.setattr(likeness, name, small)
+    write_things(tmp_path / "one", range(60))
+    write_things(tmp_path / "two", range(60, 120))
+    command = ["likeness", "--work", str(tmp_path), "--threads", "1", "--device", "cpu", "--batch-size", "32", "--config", json.dumps(dataclasses.asdict(TOY))]
+    command += [word for name in ("one", "two") for word in ("--data", str(tmp_path / name))]
+    assert main([*command, "--steps", "20"]) == 0 and main([*command, "--steps", "80"]) == 0
+    assert "likeness: goes on at step 20" in capsys.readouterr().err
+    figures = read_figures(tmp_path / "likeness")
+    assert (figures["steps"], figures["things"], figures["pictures"], figures["unseen_things"]["gallery"]) == (80, 116, 348, 4)
+
+    assemble.write_dino(assemble.Parts(tmp_path, "likeness", {"likeness": figures}), tmp_path / "dino")
+    names = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "training.json"}
+    assert {path.name for path in (tmp_path / "dino").iterdir()} == names
+    assert assemble.megabytes(tmp_path / "dino") < 2.5
+    write_things(tmp_path / "new", range(500, 520))  # of which it was neither taught nor judged
+    things = np.repeat(np.arange(500, 520), 3)
+    images = [Image.open(tmp_path / "new" / f"{thing}-{k}.png") for thing in range(500, 520) for k in range(3)]
+    trained, shipped = Dino(tmp_path / "likeness").images(images), Dino(tmp_path / "dino").images(images)
+    assert (trained * shipped).sum(axis=1).min() > 0.999
+    found = separation(shipped, things)
+    assert found["auc"] > 0.8 and found["same"] > found["different"] + 0.2
+
+
+def test_another_look_at_a_picture_keeps_its_colours():
+    images = torch.tensor([200, 60, 20], dtype=torch.uint8).view(1, 3, 1, 1).expand(50, 3, SIZE, SIZE)
+    seen = likeness.seen_anew(images, torch.Generator().manual_seed(0))
+    assert seen.shape == images.shape and seen.abs().max() <= 1 and torch.equal(seen, likeness.seen_anew(images, torch.Generator().manual_seed(0)))
+    colours = (seen.mean(dim=(2, 3)) + 1) * 127.5
+    assert (colours - images[:, :, 0, 0]).abs().max() < 70 and (colours.diff(dim=1) < 0).all()
+
+
+def test_a_dataset_too_small_to_judge_by_is_refused(tmp_path: Path, capsys):
+    write_things(tmp_path / "few", range(30))
+    assert main(["likeness", "--data", str(tmp_path / "few"), "--work", str(tmp_path)]) == 2
+    assert "30 things are too few to train and validate on; render 50 or more" in capsys.readouterr().err
 
 
 # attribute-check

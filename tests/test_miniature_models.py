@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
 from metalora.base import Base
+from metalora.dino import Dino
 from metalora.errors import MetaLoraError
 from metalora.face import FaceFinder
 from metalora.miniature import assemble as assembly
@@ -29,6 +30,7 @@ from metalora.miniature.captions import TRIGGER, caption_phrases, vocabulary
 from metalora.miniature.clip import train_clip
 from metalora.miniature.facepack import separation
 from metalora.miniature.features import Latents, cached, encode_latents
+from metalora.miniature.likeness import build_dino
 from metalora.miniature.meta_down import People
 from metalora.miniature.optimizer import Muon, Optimizer
 from metalora.miniature.people import HELD_OUT, person, scene
@@ -453,6 +455,18 @@ def test_assets_come_apart_as_what_they_were_made_of(assets: Path, work: Path, t
     assert sizes["all"] == pytest.approx(sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) / 1e6, abs=0.01)
     with pytest.raises(MetaLoraError, match="has a training .* already; choose another folder"):
         assembly.disassemble(assets, tmp_path / "again")
+
+
+def test_a_trained_likeness_is_an_asset_more(work: Path, tmp_path: Path):
+    folder = shutil.copytree(work, tmp_path / "work")
+    write_result(folder / "likeness", dino := build_dino(SIZE), json.loads((work / "clip" / "result.json").read_text()))
+    sizes = assembly.assemble(folder, tmp_path / "assets")
+    assert {"miniature", "clip", "face", "dino", "all"} == set(sizes) == {path.name for path in (tmp_path / "assets").iterdir()} | {"all"}
+    assert Dino(tmp_path / "assets" / "dino").images([Image.new("RGB", (90, 60), "red")]).shape == (1, 128)
+    assert "likeness" in assembly.disassemble(tmp_path / "assets", tmp_path / "again")
+    again = load_file(tmp_path / "again" / "likeness" / "model.safetensors")
+    assert all(torch.equal(again[name], value.half().float()) for name, value in dino.state_dict().items())
+
 
 def test_the_assembled_base_opens_and_generates(assets: Path):
     base = Base.open(str(assets / "miniature"), device="cpu")

@@ -1,7 +1,8 @@
 """`python -m metalora.miniature COMMAND`: renders the portrait world and trains the embedded miniature on it.
 
 `make` gives the commands in their order: render, vae, clip, attributes, base, base --distill-guidance, face-detector, face-recogniser,
-assemble, meta-down. Each training takes a time budget, can be killed and started again with the same command, and leaves its files in WORK/NAME.
+assemble, meta-down. `likeness` trains what judges things, which have no faces, and stands beside them. Each training takes a time
+budget, can be killed and started again with the same command, and leaves its files in WORK/NAME.
 With `torchrun --nproc-per-node N -m metalora.miniature …` N processes train together; on a CPU, as many as it has cores and
 with `--threads 1`, for that is faster than one process of many threads.
 """
@@ -22,7 +23,8 @@ from metalora.miniature.training import Job
 
 TRAININGS = {"vae": ("vae", "train_vae"), "vae-decoder": ("vae", "train_decoder"), "clip": ("clip", "train_clip"), "base": ("base", "train_base"),
              "attributes": ("attributes", "train_attributes"),
-             "face-detector": ("detector", "train_detector"), "face-recogniser": ("recogniser", "train_recogniser")}
+             "face-detector": ("detector", "train_detector"), "face-recogniser": ("recogniser", "train_recogniser"),
+             "likeness": ("likeness", "train_likeness")}
 ELSEWHERE = {"make": "all that follows, one after another",
              "render": "draw the portrait world into shards",  # commands whose arguments their own modules read
              "dataset": "people as an image folder for evaluate and meta-train",
@@ -30,7 +32,7 @@ ELSEWHERE = {"make": "all that follows, one after another",
              "world-check": "what is trained on photographs, tried on the portrait world",
              "attribute-check": "how much of what captions name is in the pictures that a base draws",
              "meta-down": "stage 1: learn the Meta-Down of a domain on the assembled base"}
-MINUTES = {"vae": 30, "vae-decoder": 30, "clip": 12, "base": 180, "attributes": 12, "face-detector": 8, "face-recogniser": 14}
+MINUTES = {"vae": 30, "vae-decoder": 30, "clip": 12, "base": 180, "attributes": 12, "face-detector": 8, "face-recogniser": 14, "likeness": 30}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     for name in TRAININGS:
         command = commands.add_parser(name, help=f"train: {name}")
-        command.add_argument("--data", type=Path, action="append", required=True, help="folder of shards; repeatable")
+        kind = "image folder of things, as dataset writes it" if name == "likeness" else "folder of shards"
+        command.add_argument("--data", type=Path, action="append", required=True, help=f"{kind}; repeatable")
         command.add_argument("--work", type=Path, required=True, help="folder for checkpoints and results")
         command.add_argument("--minutes", type=float, default=MINUTES[name], help="time budget (%(default)s)")
         command.add_argument("--steps", type=int, help="a budget of steps instead")

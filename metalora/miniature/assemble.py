@@ -1,9 +1,9 @@
 """Puts the trained parts of a work folder together as the assets that the app carries.
 
 miniature/ is an ordinary FluxPipeline folder in float16 with metalora.json; clip/ an ordinary CLIPModel folder whose text
-tower is the pipeline's; face/ a pack that InsightFace's FaceAnalysis opens. Each has a model card made from the figures
-of its trainings. Run it again when a part has been trained anew; a Meta-Down learnt on older weights of the base is then
-refused by name, so learn it afresh.
+tower is the pipeline's; face/ a pack that InsightFace's FaceAnalysis opens; dino/, where likeness was trained, a Dinov2Model
+folder. Each has a model card made from the figures of its trainings. Run it again when a part has been trained anew; a
+Meta-Down learnt on older weights of the base is then refused by name, so learn it afresh.
 """
 
 import dataclasses
@@ -16,13 +16,17 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
-from transformers import CLIPModel
+from torch import nn
+from transformers import CLIPModel, Dinov2Model
 
 from metalora.errors import MetaLoraError
 from metalora.miniature.base import Denoiser, trained_base
-from metalora.miniature.captions import TRIGGER, caption_phrases, prompt_phrases, vocabulary
+from metalora.miniature.captions import TRIGGER, caption_phrases, prompt_phrases, thing_phrases, vocabulary
 from metalora.miniature.clip import build_processor, trained_clip
 from metalora.miniature.facepack import DETECTOR_FILE, RECOGNISER_FILE
+from metalora.miniature.likeness import NAME as LIKENESS
+from metalora.miniature.likeness import build_processor as build_dino_processor
+from metalora.miniature.likeness import trained_dino
 from metalora.miniature.pipeline import MiniatureConfig, clip_tokenizer, make_readable, save_pipeline, write_settings
 from metalora.miniature.training import Job, read_figures, write_result
 from metalora.miniature.vae import DECODER
@@ -69,7 +73,7 @@ def read_parts(work: Path) -> Parts:
     Raises:
         MetaLoraError: some have not finished, or were trained at other sizes than the rest.
     """
-    more = [name for name in (DECODER, "base-guided") if (work / name / "result.json").exists()]
+    more = [name for name in (DECODER, "base-guided", LIKENESS) if (work / name / "result.json").exists()]
     needed = ["vae", "clip", "base", *more, "face-detector", "face-recogniser"]
     missing = [name for name in needed if not (work / name / "result.json").exists()]
     if missing:
@@ -93,7 +97,7 @@ def write_miniature(parts: Parts, folder: Path) -> None:
     """The pipeline in float16, metalora.json and the card."""
     save_pipeline(trained_base(parts.job, parts.base), folder)
     guided = {"guidance": GUIDANCE} if parts.base == "base-guided" else {}
-    phrases = {"caption_phrases": caption_phrases(), "prompt_phrases": prompt_phrases()}
+    phrases = {"caption_phrases": caption_phrases(), "thing_phrases": thing_phrases(), "prompt_phrases": prompt_phrases()}
     write_settings(folder, parts.config, TRIGGER, **phrases, **guided, **SETTINGS)
     _describe(folder, MINIATURE_CARD, parts.pick("vae", DECODER, "clip", "base", "base-guided"), size=parts.config.size)
 
@@ -113,8 +117,15 @@ def write_face(parts: Parts, folder: Path) -> None:
     _describe(folder, FACE_CARD, parts.pick("face-detector", "face-recogniser"))
 
 
+def write_dino(parts: Parts, folder: Path) -> None:
+    """The DINO in float16, its processor and the card."""
+    trained_dino(parts.job).half().save_pretrained(folder)
+    build_dino_processor(parts.config.size).save_pretrained(folder)
+    _describe(folder, DINO_CARD, parts.pick(LIKENESS), size=parts.config.size)
+
+
 def assemble(work: Path, output: Path) -> dict[str, float]:
-    """Writes output/miniature, output/clip and output/face; all three are whole before the first replaces its elder.
+    """Writes output/miniature, output/clip, output/face and, where likeness was trained, output/dino; all are whole before the first replaces its elder.
 
     Returns:
         Megabytes of each, and of all assets.
@@ -124,6 +135,8 @@ def assemble(work: Path, output: Path) -> dict[str, float]:
     """
     parts, output = read_parts(Path(work)), Path(output)
     writers: dict[str, Callable[[Parts, Path], None]] = {"miniature": write_miniature, "clip": write_clip, "face": write_face}
+    if LIKENESS in parts.figures:
+        writers["dino"] = write_dino
     beside = output / f".assembling-{os.getpid()}"
     try:
         for name, write in writers.items():
@@ -154,7 +167,7 @@ def disassemble(assets: Path, work: Path) -> list[str]:
         MetaLoraError: one of them is there already.
     """
     figures: dict[str, dict[str, Any]] = {}
-    for name in ("face", "clip", "miniature"):
+    for name in ("face", "clip", "miniature", *(["dino"] if (Path(assets) / "dino").exists() else [])):
         figures |= json.loads((Path(assets) / name / "training.json").read_text())
     taken = [name for name in figures if (Path(work) / name).exists()]
     if taken:
@@ -162,7 +175,9 @@ def disassemble(assets: Path, work: Path) -> list[str]:
     pipeline = FluxPipeline.from_pretrained(Path(assets) / "miniature", dtype=torch.float32)
     base = Denoiser(pipeline, 0)
     clip = CLIPModel.from_pretrained(Path(assets) / "clip", dtype=torch.float32)
-    weights = {"vae": pipeline.vae, DECODER: pipeline.vae, "clip": clip, "base": base, "base-guided": base}
+    weights: dict[str, nn.Module] = {"vae": pipeline.vae, DECODER: pipeline.vae, "clip": clip, "base": base, "base-guided": base}
+    if LIKENESS in figures:
+        weights[LIKENESS] = Dinov2Model.from_pretrained(Path(assets) / "dino", dtype=torch.float32)
     onnx = {"face-detector": DETECTOR_FILE, "face-recogniser": RECOGNISER_FILE}
     for name, each in figures.items():
         write_result(Path(work) / name, weights.get(name), each)
@@ -265,3 +280,27 @@ A detector with SCRFD's outputs (`det.onnx`) and a recogniser of 512 dimensions 
 are no good at telling real people apart.
 
 """ + _FROM
+
+DINO_CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-feature-extraction
+tags: [dinov2, miniature, synthetic]
+---
+
+# Likeness of things in the miniature's world
+
+A small DINOv2 for synthetic pictures of things, {size} x {size} px. Its class token, at unit length, is nearly the same for
+pictures of one thing in several scenes and another for other things: the likeness of things that have no face to go by.
+It was trained on pairs of pictures that are known to show one thing, not by self-distillation, and knows no photographs.
+`transformers.AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained` open this folder.
+
+## What it was made from
+
+Pictures of things that our own renderer draws: no photograph. The weights were trained from random numbers.
+They are under Apache-2.0, as the code is. What is measured below was measured on things that are in no training picture.
+
+## Trainings
+
+{trainings}
+"""

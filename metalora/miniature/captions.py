@@ -123,7 +123,12 @@ def caption_phrases() -> list[list[str]]:
 
     Clothes and places only: expressions and glasses are too small for the miniature's CLIP, and a wrong word is worse than none.
     """
-    return [_wearing(TOPS | HATS), [first for first, *_ in BACKGROUNDS.values()]]
+    return [_wearing(TOPS | HATS), *thing_phrases()]
+
+
+def thing_phrases() -> list[list[str]]:
+    """The same for a thing, which wears nothing."""
+    return [[first for first, *_ in BACKGROUNDS.values()]]
 
 
 def prompt_phrases() -> list[list[str]]:

@@ -238,5 +238,5 @@ def write_settings(folder: Path, config: MiniatureConfig, trigger: str, **more: 
         "name": "miniature", "resolution": config.size, "inference_steps": 20, "guidance": 1.0, "train_guidance": 1.0,
         "max_sequence_length": config.max_sequence_length, "trigger": trigger,
         "adapter": {"rank": 12, "meta_rank": 64, "scale": 1.0, "mid_start": "identity"},
-        "face_pack": "../face", "clip": "../clip", "det_size": config.size} | more
+        "face_pack": "../face", "clip": "../clip", "dino": "../dino", "det_size": config.size} | more
     Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")

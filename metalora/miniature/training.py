@@ -60,7 +60,7 @@ class Job:
     """What every training is told on the command line.
 
     Args:
-        data: folders of rendered shards.
+        data: folders of rendered shards; image folders for what learns from a dataset.
         work: folder outside the source tree; a training called NAME keeps all its files in work/NAME.
         model: sizes of the miniature, the same for all trainings of one work folder.
         device: where the weights lie. Which pictures and captions a step has is the same for every device; noise is drawn where it is used.
