@@ -30,14 +30,14 @@ def settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def start(chosen: argparse.Namespace) -> Blocks:
     """Serve the page and open the base behind it; returns while both go on. OSError where the port is taken."""
     from metalora.page import STYLE, THEME, build
-    from metalora.samples import PEOPLE, sample_people
+    from metalora.samples import FOLDERS, read_samples
     from metalora.studio import Studio
 
     studio = Studio(chosen.base, chosen.meta_down, chosen.plan)
-    page = build(studio, *sample_people())
+    page = build(studio, *read_samples())
     page.queue(max_size=32).launch(
         server_name=chosen.host, server_port=chosen.port, share=chosen.share, theme=THEME, css_paths=STYLE, prevent_thread_lock=True,
-        footer_links=["api"], allowed_paths=[str(PEOPLE)], max_file_size="200mb", ssr_mode=False,
+        footer_links=["api"], allowed_paths=[*map(str, FOLDERS)], max_file_size="200mb", ssr_mode=False,
     )  # fmt: skip
     studio.open()
     return page

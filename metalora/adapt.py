@@ -24,8 +24,8 @@ from .train import Averages, Clock, StepReport, fit, two_rates, warmup, wholes
 Preview = Callable[[], Image.Image]
 
 
-def crops(image: Image.Image, box: Sequence[float], size: int, config: AdaptConfig, seed: int = 0) -> list[Image.Image]:
-    """Square crops round the face at `box` (left, top, right, bottom, px), `size` px wide, each also mirrored.
+def crops(image: Image.Image, box: Sequence[float], size: int, config: AdaptConfig, seed: int = 0, mirror: bool = True) -> list[Image.Image]:
+    """Square crops round the face at `box` (left, top, right, bottom, px), `size` px wide; then, with `mirror`, the same in a mirror.
 
     The first is the largest square that holds the face; the others leave between margin[0] and margin[1] face heights of
     room in all and put the face at different places. Every crop lies inside the picture and holds the whole face, as far
@@ -40,7 +40,7 @@ def crops(image: Image.Image, box: Sequence[float], size: int, config: AdaptConf
         side = face * (1 + config.margin[0] + along * (config.margin[1] - config.margin[0]))
         squares.append(_square(image.size, box, min(most, side), rng.random(), rng.random()))
     upright = [image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, box=square) for square in squares]
-    return mirrored(upright)
+    return mirrored(upright) if mirror else upright
 
 
 def _square(picture: tuple[int, int], box: Sequence[float], side: float, x: float, y: float) -> tuple[float, float, float, float]:

@@ -26,7 +26,7 @@ from .errors import MetaLoraError
 from .generate import seeded, unload_people
 from .personalizer import Personalizer
 from .prompts import fill
-from .samples import sample_people
+from .samples import read_samples
 
 ROOT = Path(__file__).parents[1]
 PICTURES = 4
@@ -127,15 +127,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m metalora.bench", description=__doc__)
     parser.add_argument("--base", default=DEFAULT_BASE)
     parser.add_argument("--meta-down")
-    parser.add_argument("--photo", help="a photo to learn from; the first sample person when not given")
+    parser.add_argument("--photo", help="a photo to learn from; the first sample when not given")
     parser.add_argument("--domain", default="woman", help="of that photo")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
     if not given.photo:
-        people, _ = sample_people()
-        if not people:
-            sys.exit("There are no sample people in assets/people; give a --photo and its --domain.")
-        given.photo, given.domain = people[0].photo, people[0].domain
+        samples, _ = read_samples()
+        if not samples:
+            sys.exit("There are no samples in assets; give a --photo and its --domain.")
+        given.photo, given.domain = samples[0].photo, samples[0].domain
     try:
         page, ready = start_seconds(given.base, given.meta_down)
         bars: dict[str, Any] = {"seconds to an answering page": page, "seconds to a page with its base open": ready}

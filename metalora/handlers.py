@@ -129,7 +129,7 @@ class Handlers:
         ]  # fmt: skip
 
     def take_sample(self, event: gr.SelectData):
-        """A sample person, ready to be learnt."""
+        """A sample, ready to be learnt."""
         sample = self.samples[event.index]
         return sample.photo, sample.held_out, gr.HTML(visible=False), gr.Gallery(value=None, visible=False), 0, sample.domain
 
@@ -166,7 +166,7 @@ class Handlers:
         nothing = [gr.skip()] * 3
         with one_sentence():
             if not photo:
-                raise MetaLoraError("Pick one of the sample people or upload a photo first.")
+                raise MetaLoraError("Pick one of the samples or upload a photo first.")
             card, started = cards.Learning(cards.data_uri(self.studio.portrait(photo, domain, int(face) or None))), time.monotonic()
         yield [*nothing, gr.skip(), card.preparing(), *busy]
         try:

@@ -68,7 +68,7 @@ def _photo(samples: list[Sample]) -> dict[str, gr.Component]:
     c: dict[str, gr.Component] = {}
     with gr.Row(elem_id="choose"):
         with gr.Column(scale=3, min_width=240, visible=bool(samples)):
-            gr.HTML(cards.line("A sample person, made by a computer"), padding=False)
+            gr.HTML(cards.line("A person or a mug, made by a computer"), padding=False)
             c["samples"] = gr.Gallery(
                 [s.photo for s in samples], show_label=False, columns=4, object_fit="cover", height="auto", allow_preview=False,
                 buttons=[], interactive=False, elem_id="samples", elem_classes="tiles", format="png",

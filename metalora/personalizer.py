@@ -217,7 +217,7 @@ class Personalizer:
     def encode(self, photos: Sequence[Photo], domain: str, config: AdaptConfig | None = None, face: int | None = None) -> cache.TrainingSet:
         """Photos → crops round the face with captions, encoded: what stage 2 trains on. The last set is kept for another try.
 
-        Where the whole picture is the subject there is one crop, the largest square, and no background.
+        Where the whole picture is the subject there is one crop, the largest square, as it is, and no background.
         """
         config = config or self.adapt_config
         if self.finder_of(domain).whole:
@@ -232,19 +232,19 @@ class Personalizer:
         return self._encoded.data
 
     def _encode(self, images: Sequence[Image.Image], faces: Sequence[Face], domain: str, config: AdaptConfig) -> cache.TrainingSet:
-        settings = self.base.settings
-        captioner = Captioner(self.clip, settings.thing_phrases if self.finder_of(domain).whole else settings.caption_phrases)
+        settings, whole = self.base.settings, self.finder_of(domain).whole
+        captioner = Captioner(self.clip, settings.thing_phrases if whole else settings.caption_phrases)
         crops, masks, captions = [], [], []
         for number, (image, found) in enumerate(zip(images, faces)):
             box = found.box
-            cut, mask = (  # the mask is cut as the photo is
-                stage2.crops(picture, box, settings.train_resolution, config, config.seed + number)
+            cut, mask = (  # the mask is cut as the photo is; a thing is not mirrored: handles would change sides, and letters
+                stage2.crops(picture, box, settings.train_resolution, config, config.seed + number, mirror=not whole)
                 for picture in (image, cache.face_mask(image.size, box, config.background))
             )
             crops += cut
             masks += mask
             caption = captioner.caption(cut[0], f"{settings.trigger} {domain}", domain)
-            captions += [caption] * (len(cut) // 2) + [mirrored(caption)] * (len(cut) // 2)
+            captions += [caption] * config.crops + [mirrored(caption)] * (len(cut) - config.crops)
         with plain_faults():
             return cache.encode(self.base, cache.to_tensor(crops), captions, masks=cache.to_weights(masks) if config.background < 1 else None)
 

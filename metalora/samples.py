@@ -1,4 +1,4 @@
-"""The sample people of the page, from assets/people: a dataset folder as everywhere else."""
+"""The samples of the page, from assets/people and assets/mugs: dataset folders as everywhere else."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from pathlib import Path
 from .data import load_dataset
 from .handlers import Sample
 
-PEOPLE = Path(__file__).parents[1] / "assets" / "people"
+ASSETS = Path(__file__).parents[1] / "assets"
+FOLDERS = {ASSETS / "people": 6, ASSETS / "mugs": 2}  # and how many of each one's prompts the page shows
 
 
-def sample_people(folder: Path = PEOPLE) -> tuple[list[Sample], list[str]]:
-    """The people and the sample prompts; none where the folder is not there."""
-    if not folder.is_dir():
-        return [], []
-    found = load_dataset(folder)
-    people = [Sample(str(s.references[0].path), s.domain, [str(i.path) for i in s.others]) for s in found.subjects]
-    return people, found.prompts
+def read_samples() -> tuple[list[Sample], list[str]]:
+    """The people and things, people first, and the sample prompts; none of a folder that is not there."""
+    samples: list[Sample] = []
+    prompts: list[str] = []
+    for folder, count in FOLDERS.items():
+        if folder.is_dir():
+            found = load_dataset(folder)
+            samples += [Sample(str(s.references[0].path), s.domain, [str(i.path) for i in s.others]) for s in found.subjects]
+            prompts += found.prompts[:count]
+    return samples, prompts

@@ -21,13 +21,13 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from metalora import Identity
-from metalora.samples import sample_people
+from metalora.samples import read_samples
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WAIT = 60_000  # ms
-SAMPLES, PROMPTS = sample_people()
+SAMPLES, PROMPTS = read_samples()
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +128,9 @@ def download(page, button: str, folder: Path) -> Path:
     return path
 
 
-def test_a_sample_person_from_the_first_click_to_the_files(visit, tmp_path):
+def test_a_sample_from_the_first_click_to_the_files(visit, tmp_path):
     page = visit()
-    number = len(SAMPLES) - 1
+    number = len(SAMPLES) - 1  # a thing; people are learnt further down
     page.locator("#samples button").nth(number).click()
     page.wait_for_selector("#photo img")
     page.wait_for_selector(f"#domain input[value='{SAMPLES[number].domain}']:checked")

@@ -355,7 +355,7 @@ def test_a_published_person_carries_the_licence_of_the_base(tmp_path, monkeypatc
 
 def test_folders_and_the_catalogue(tiny_base, tmp_path):
     assert hub.base_folder(str(tiny_base)) == tiny_base
-    assert set(hub.meta_down_places("miniature")) == {"woman", "man"} and hub.meta_down_places("unknown") == {}
+    assert set(hub.meta_down_places("miniature")) == {"woman", "man", "mug"} and hub.meta_down_places("unknown") == {}
     assert all(Path(place).is_absolute() for place in hub.meta_down_places("miniature").values())
     with pytest.raises(MetaLoraError, match="holds no Meta-Down for man"):
         hub.meta_down_folder(str(tmp_path), "man")

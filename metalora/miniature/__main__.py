@@ -27,7 +27,7 @@ TRAININGS = {"vae": ("vae", "train_vae"), "vae-decoder": ("vae", "train_decoder"
              "likeness": ("likeness", "train_likeness")}
 ELSEWHERE = {"make": "all that follows, one after another",
              "render": "draw the portrait world into shards",  # commands whose arguments their own modules read
-             "dataset": "people as an image folder for evaluate and meta-train",
+             "dataset": "people, or mugs, as an image folder for evaluate and meta-train",
              "sheet": "a contact sheet of the portrait world",
              "world-check": "what is trained on photographs, tried on the portrait world",
              "attribute-check": "how much of what captions name is in the pictures that a base draws",
