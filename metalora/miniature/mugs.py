@@ -7,7 +7,7 @@ somewhere, and a seed always gives the same. Places, lights and styles are the p
 import colorsys
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from metalora.miniature.head import vertex_normals
 from metalora.miniature.people import LIGHTS, PLACE_LIGHTS, STYLES
 from metalora.miniature.props import grid_triangles
 from metalora.miniature.raster import barycentric, rasterize
+from metalora.miniature.shade import hashed
 
 DOMAIN = "mug"
 PROMPTS = ("a photo of {person}, in the snow", "a photo of {person}, in the city at night", "an oil painting of {person}, in a green park",
@@ -80,29 +81,33 @@ def mug(seed: int) -> Mug:
     radii = tuple(middle * (1 + lean * (t - 0.5) + belly * math.sin(math.pi * t)) for t in (0.0, 0.25, 0.5, 0.75, 1.0))
     low, high = rng.uniform(0.14, 0.30), rng.uniform(0.68, 0.88)
     body, second = _colour(rng), _colour(rng)
-    return Mug(seed, rng.uniform(0.070, 0.112), radii, (low, high, rng.uniform(0.020, 0.034), rng.uniform(0.0042, 0.0075)), rng.random(), body, second,
-               rng.choice(((240, 238, 230), body, second)), rng.random() < 0.35, rng.choice(PATTERNS), rng.randint(2, 4), rng.uniform(0.1, 0.9))  # fmt: skip
+    return Mug(
+        seed=seed, height=rng.uniform(0.070, 0.112), radii=radii, handle=(low, high, rng.uniform(0.020, 0.034), rng.uniform(0.0042, 0.0075)),
+        square=rng.random(), body=body, second=second, inside=rng.choice(((240, 238, 230), body, second)), handle_second=rng.random() < 0.35,
+        pattern=rng.choice(PATTERNS), count=rng.randint(2, 4), gloss=rng.uniform(0.1, 0.9),
+    )  # fmt: skip
 
 
 def view(thing: Mug, seed: int) -> View:
     """Picture number `seed` of a mug."""
     rng = random.Random(f"view {thing.seed} {seed}")
     place = rng.choice(PLACES)
-    return View(seed, rng.choice((0.0, 180.0)) + rng.uniform(-60, 60), rng.uniform(8, 26), place, rng.choice(PLACE_LIGHTS[place]), rng.randrange(len(TABLES)),
-                rng.uniform(0.92, 1.06), (rng.gauss(0, 0.004), rng.gauss(0, 0.003)), rng.uniform(0.92, 1.12),
-                rng.choices(list(STYLES), list(STYLES.values()))[0])  # fmt: skip
+    return View(
+        seed=seed, yaw=rng.choice((0.0, 180.0)) + rng.uniform(-60, 60), elevation=rng.uniform(8, 26), background=place, light=rng.choice(PLACE_LIGHTS[place]),
+        table=rng.randrange(len(TABLES)), zoom=rng.uniform(0.92, 1.06), shift=(rng.gauss(0, 0.004), rng.gauss(0, 0.003)), exposure=rng.uniform(0.92, 1.12),
+        style=rng.choices(list(STYLES), list(STYLES.values()))[0],
+    )  # fmt: skip
 
 
 def reference(thing: Mug, number: int) -> View:
     """A picture such as one would hand in: a photo in soft light, the handle at a side."""
     drawn, rng = view(thing, 10_000 + number), random.Random(thing.seed)
-    return View(drawn.seed, rng.choice((0.0, 180.0)) + rng.uniform(-30, 30), drawn.elevation, rng.choice(("grey", "blue", "office", "library")), "soft",
-                drawn.table, drawn.zoom, drawn.shift, drawn.exposure, "photo")  # fmt: skip
+    return replace(drawn, yaw=rng.choice((0.0, 180.0)) + rng.uniform(-30, 30), background=rng.choice(("grey", "blue", "office", "library")), light="soft", style="photo")
 
 
 def caption(seen: View, rng: random.Random, words: str) -> str:
     """What a picture shows but the mug itself, for which `words` stand."""
-    openings = captions.ANY_STYLE[1:] if rng.random() < (0.3 if seen.style == "photo" else 0.1) else captions.OPENINGS[seen.style]
+    openings = captions.ANY_STYLE if rng.random() < (0.3 if seen.style == "photo" else 0.1) else captions.OPENINGS[seen.style]
     plain_wall = seen.style in ("pencil", "bw") and seen.background in ("grey", "blue")  # known by its colour alone
     place = [] if plain_wall or rng.random() < 0.1 else [rng.choice(captions.BACKGROUNDS[seen.background])]
     return ", ".join([f"{rng.choice([o for o in openings if 'portrait' not in o])} {words}", *place])
@@ -204,8 +209,7 @@ def _patterned(pattern: str, count: Tensor, angle: Tensor, t: Tensor) -> Tensor:
     if pattern == "dipped":
         return step(0.46, 0.50, t + 0.03 * torch.sin(angle * count))
     if pattern == "speckled":
-        cell = torch.sin((turns * 60).floor() * 12.9 + (t * 16 + 0.5).floor() * 78.2 + count * 37.7) * 43758.547
-        return (cell.frac().abs() > 0.82).float()
+        return (hashed((turns * 60).floor() * 12.9 + (t * 16 + 0.5).floor() * 78.2 + count * 37.7) > 0.82).float()
     return torch.zeros_like(t)
 
 
@@ -228,7 +232,7 @@ def _lights(pairs: list[tuple[Mug, View]], name: str) -> Tensor:
     return torch.tensor([getattr(LIGHTS[seen.light], name) for _, seen in pairs])
 
 
-def _light(pairs: list[tuple[Mug, View]], colour: Tensor, normal: Tensor, towards_camera: Tensor, marks: Tensor, picture: Tensor) -> Tensor:
+def _illuminated(pairs: list[tuple[Mug, View]], colour: Tensor, normal: Tensor, towards_camera: Tensor, marks: Tensor, picture: Tensor) -> Tensor:
     """Linear light (m, 3) of the mugs' points: diffuse, all around, a highlight of the glaze and a rim from behind."""
     direction = normalize(_lights(pairs, "direction"), dim=1)[picture]
     key, sky, ground, rim = (_lights(pairs, name)[picture] for name in ("key", "sky", "ground", "rim"))
@@ -281,7 +285,7 @@ def render(pairs: list[tuple[Mug, View]], size: int) -> Tensor:
     position, normal, marks = mixed[:, :3], normalize(mixed[:, 3:6], dim=1), mixed[:, 6:]
     towards_camera = normalize(camera.place[picture] - position, dim=1)
     normal = torch.where((normal * towards_camera).sum(1, keepdim=True) < 0, -normal, normal)
-    light = _light(pairs, _glaze(pairs, picture, marks), normal, towards_camera, marks, picture)
+    light = _illuminated(pairs, _glaze(pairs, picture, marks), normal, towards_camera, marks, picture)
     seeds = [thing.seed * 9176 + seen.seed for thing, seen in pairs]
     images = torch.stack([backdrop(seen.background, size, seed, points.device) for (_, seen), seed in zip(pairs, seeds)])
     images = images.repeat_interleave(SUPERSAMPLE, 1).repeat_interleave(SUPERSAMPLE, 2)
