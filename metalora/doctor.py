@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import hub
-from .config import BaseSettings
+from .config import PICTURE, BaseSettings
 from .errors import MetaLoraError
 from .metadown import MetaDown
 
@@ -50,7 +50,9 @@ def examine(base: str, meta_down: str | None, cards: Sequence[float] = ()) -> di
         plain = f"people are learnt as ordinary LoRAs of rank {settings.plain_rank} in {settings.plain.steps} steps"
         parts["Meta-Down"] = {"ok": True, "says": f"none for {base}, so {plain}; make one with meta-train, or give one with --meta-down"}
     _look(parts, "face pack", lambda: _face_pack(settings))
-    _look(parts, "CLIP", lambda: _clip(settings.clip))
+    _look(parts, "CLIP", lambda: _model("CLIP", settings.clip))
+    if any(part.get("subject") == PICTURE for part in parts.values()):
+        _look(parts, "DINO", lambda: _model("DINO", settings.dino))
     return {
         "ready": all(part["ok"] for part in parts.values()), "python": platform.python_version(), "system": platform.platform(),
         "packages": {name: version(name) for name in PACKAGES}, **device(), "parts": parts, "cards": plans,
@@ -107,7 +109,7 @@ def _meta_down(place: str, domain: str, base: str | None) -> dict[str, Any]:
     found = MetaDown.load(hub.meta_down_folder(place, domain, download=False))
     if base:
         found.check_base(settings_of(Path(base)).name or base, fingerprint(Path(base)))
-    return {"says": f"{found.name} for {found.domain}, rank {found.adapter.meta_rank}, {found.sha256[:8]}{''.join(f', with {name}' for name in found.more)}", "sha256": found.sha256, "domain": found.domain}
+    return {"says": f"{found.name} for {found.domain}, rank {found.adapter.meta_rank}, {found.sha256[:8]}{''.join(f', with {name}' for name in found.more)}", "sha256": found.sha256, "domain": found.domain, "subject": found.subject}
 
 
 def _face_pack(settings: BaseSettings) -> dict[str, Any]:
@@ -120,12 +122,12 @@ def _face_pack(settings: BaseSettings) -> dict[str, Any]:
     return {"says": settings.face_pack}
 
 
-def _clip(place: str) -> dict[str, Any]:
+def _model(kind: str, place: str) -> dict[str, Any]:
     folder = Path(place)
     if not folder.is_dir():
         folder = hub.fetch(place, ["*.json", "*.txt", "*.safetensors"], lambda found: (found / "config.json").is_file(), download=False)
     if not (folder / "config.json").is_file():
-        raise MetaLoraError(f"The CLIP model {place} has no config.json; get it afresh.")
+        raise MetaLoraError(f"The {kind} model {place} has no config.json; get it afresh.")
     return {"says": place}
 
 

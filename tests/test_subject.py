@@ -250,6 +250,7 @@ def test_the_commands_take_things(opened_by_name, things, tmp_path, monkeypatch,
     assert call("meta-train", things, "--domain", "mug", "--subject", "picture", "--rounds", 1, "--output", "downs/mug")[0] == 0
     assert MetaDown.load("downs/mug").subject == "picture"
     monkeypatch.setenv("METALORA_META_DOWN", "downs")
+    assert call("doctor", "--json")[1].count('"DINO": {"ok": true') == 1
     photo, other = things / "0-0.png", things / "0-1.png"
     code, out, _ = call("adapt", photo, "--domain", "mug", "--held-out", other, "-o", "mug.safetensors", "--steps", 2, "--json")
     assert code == 0 and json.loads(out)["scores"]["r_facesim"] is not None and json.loads(out)["scores"]["face"] == 1
