@@ -218,7 +218,7 @@ def test_opening_a_pipeline_of_no_known_family_is_a_sentence(tiny_base, tmp_path
 class OneFace:
     """Stands in for the face finder: the face fills the middle of every photo."""
 
-    box, embedding = (8, 8, 24, 24), np.eye(1, 512, dtype=np.float32)[0]
+    whole, box, embedding = False, (8, 8, 24, 24), np.eye(1, 512, dtype=np.float32)[0]
 
     def pick(self, image, face=None):
         return self
@@ -228,7 +228,7 @@ class OneFace:
 def personalizer(bare, meta_down, config):
     quick = replace(bare, settings=replace(bare.settings, adapt=replace(config, crops=3)))
     made = Personalizer(quick, meta_down)
-    made._finder = OneFace()
+    made._finders["face"] = OneFace()
     return made
 
 
@@ -264,7 +264,7 @@ def test_a_photo_is_encoded_once(personalizer, snapshot):
 def test_without_a_meta_down_a_person_is_an_ordinary_lora(bare, config, snapshot, tiny_base, tmp_path):
     plain = replace(config, crops=2, steps=4, learning_rate=0.05)
     personalizer = Personalizer(replace(bare, settings=replace(bare.settings, plain=plain, plain_rank=3)))
-    personalizer._finder = OneFace()
+    personalizer._finders["face"] = OneFace()
     assert personalizer.is_plain and not personalizer.domains
     reports = []
     identity = personalizer.adapt(snapshot, "cat", on_step=reports.append)

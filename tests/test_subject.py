@@ -20,6 +20,7 @@ from metalora.config import SETTINGS_FILE, AdaptConfig, BaseSettings, MetaConfig
 from metalora.data import load_dataset
 from metalora.dino import Dino
 from metalora.evaluate import evaluate
+from metalora.generate import unload_people
 from metalora.meta import learn_domain
 from metalora.metadown import MetaDown
 from metalora.report import SETTINGS, TRUE_PHOTOS, read_rows
@@ -68,7 +69,9 @@ def without_faces(base, dino):
     adapt = replace(AdaptConfig(), steps=2, batch_size=2, learning_rate=0.05, background=0.1, prior_pictures=2)
     meta = replace(base.settings.meta, rounds=1, background=0.1)
     phrases = (("in a red cap", "smiling"),)
-    return replace(base, settings=replace(base.settings, dino=str(dino.folder), face_pack="./nowhere", adapt=adapt, plain=adapt, meta=meta, caption_phrases=phrases))
+    opened = replace(base, settings=replace(base.settings, dino=str(dino.folder), face_pack="./nowhere", adapt=adapt, plain=adapt, meta=meta, caption_phrases=phrases))
+    yield opened
+    unload_people(opened)
 
 
 @pytest.fixture(scope="module")
