@@ -224,16 +224,21 @@ def _flat(values: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
-_FROM = """## What it was made from
+def _from(pictures: str, unseen: str) -> str:
+    """The end of a card: what the weights were made from, on what they were measured, and the place for the trainings."""
+    return f"""## What it was made from
 
-Portraits that our own renderer draws (`python -m metalora.miniature render`): no photograph and no picture of a real
-person. The renderer's head model is derived from MakeHuman's CC0 data. The weights were trained from random numbers.
-They are under Apache-2.0, as the code is. What is measured below was measured on rendered people who are in no training picture.
+{pictures} The weights were trained from random numbers.
+They are under Apache-2.0, as the code is. What is measured below was measured on {unseen} in no training picture.
 
 ## Trainings
 
-{trainings}
+{{trainings}}
 """
+
+
+_FROM = _from("""Portraits that our own renderer draws (`python -m metalora.miniature render`): no photograph and no picture of a real
+person. The renderer's head model is derived from MakeHuman's CC0 data.""", "rendered people who are")
 
 MINIATURE_CARD = """---
 license: apache-2.0
@@ -295,12 +300,4 @@ pictures of one thing in several scenes and another for other things: the likene
 It was trained on pairs of pictures that are known to show one thing, not by self-distillation, and knows no photographs.
 `transformers.AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained` open this folder.
 
-## What it was made from
-
-Pictures of things that our own renderer draws: no photograph. The weights were trained from random numbers.
-They are under Apache-2.0, as the code is. What is measured below was measured on things that are in no training picture.
-
-## Trainings
-
-{trainings}
-"""
+""" + _from("Pictures of things that our own renderer draws: no photograph.", "things that are")

@@ -16,12 +16,13 @@ from torch.nn.functional import embedding_bag, normalize
 
 from metalora.miniature import captions, style
 from metalora.miniature.backdrop import PLACES, backdrop
-from metalora.miniature.colour import display, linear, step
+from metalora.miniature.colour import linear, step
 from metalora.miniature.head import vertex_normals
 from metalora.miniature.people import LIGHTS, PLACE_LIGHTS, STYLES
 from metalora.miniature.props import grid_triangles
 from metalora.miniature.raster import barycentric, rasterize
 from metalora.miniature.shade import hashed
+from metalora.miniature.style import SUPERSAMPLE
 
 DOMAIN = "mug"
 PROMPTS = ("a photo of {person}, in the snow", "a photo of {person}, in the city at night", "an oil painting of {person}, in a green park",
@@ -30,7 +31,6 @@ PATTERNS = ("plain", "bands", "stripes", "dots", "checks", "zigzag", "dipped", "
 TABLES = ((176, 124, 78), (96, 60, 38), (222, 216, 206), (126, 124, 122), (58, 50, 48))  # oak, walnut, white, stone, slate
 ROUND, TUBE, AROUND = 49, 25, 9  # points round the axis, along the handle, round the handle
 DISTANCE, HALF_FRAME, TABLE_DEPTH = 0.70, 0.092, 0.21  # metres; the table's far edge lies so far behind the mug
-SUPERSAMPLE = 2
 OUTSIDE, INSIDE, HANDLE = 0.0, 1.0, 2.0
 
 
@@ -290,10 +290,4 @@ def render(pairs: list[tuple[Mug, View]], size: int) -> Tensor:
     images = torch.stack([backdrop(seen.background, size, seed, points.device) for (_, seen), seed in zip(pairs, seeds)])
     images = images.repeat_interleave(SUPERSAMPLE, 1).repeat_interleave(SUPERSAMPLE, 2)
     table, covers = _tables(pairs, camera.ground())
-    images = (images + (table - images) * covers).flatten(0, 2)
-    images[pixel] = light
-    exposure = torch.tensor([seen.exposure for _, seen in pairs])
-    images = images.view(n, size, SUPERSAMPLE, size, SUPERSAMPLE, 3).mean((2, 4)) * exposure[:, None, None, None]
-    subject = (index >= 0).float().view(n, 1, size, SUPERSAMPLE, size, SUPERSAMPLE).mean((3, 5))
-    images = style.finish(display(images).permute(0, 3, 1, 2), subject, [seen.style for _, seen in pairs], seeds)
-    return (images * 255).round().byte().contiguous()
+    return style.develop(images + (table - images) * covers, pixel, light, index >= 0, [seen for _, seen in pairs], seeds)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from metalora.miniature import clothes, hair, headwear, shade, style
 from metalora.miniature.backdrop import backdrop
-from metalora.miniature.colour import display
 from metalora.miniature.head import ACTIONS, PARTS, HeadModel, load_head, vertex_normals
 from metalora.miniature.people import Person, Scene, person, scene, seeds
 from metalora.miniature.props import CENTRE, Prop
 from metalora.miniature.raster import barycentric, rasterize
+from metalora.miniature.style import SUPERSAMPLE
 
 EXPRESSIONS = {
     "neutral": dict(mouthSmileLeft=0.12, mouthSmileRight=0.12, eyeWideLeft=0.3, eyeWideRight=0.3),
@@ -28,7 +28,7 @@ EXPRESSIONS = {
                   noseSneerRight=0.45, mouthPressLeft=0.5, mouthPressRight=0.5, mouthFrownLeft=0.4, mouthFrownRight=0.4),
     "sad": dict(eyeWideLeft=0.2, eyeWideRight=0.2, browInnerUp=1.1, mouthFrownLeft=0.9, mouthFrownRight=0.9, eyeSquintLeft=0.15, eyeSquintRight=0.15)}
 PIVOT, CAMERA_DISTANCE, TARGET, HALF_FRAME = (0.0, -0.02, 0.615), 1.25, (0.0, -0.05, 0.663), 0.168
-SUPERSAMPLE, SHADOW_SIZE, SHADOW_REACH = 2, 128, 0.22
+SHADOW_SIZE, SHADOW_REACH = 128, 0.22
 # Template places of the five landmarks that recognisers align by: eyes and mouth corners as seen from the front.
 NOSE_TIP, MOUTH_CORNERS = (0.0, -0.165, 0.663), ((-0.025, -0.135, 0.632), (0.025, -0.135, 0.632))
 
@@ -219,14 +219,8 @@ def render(pairs: list[tuple[Person, Scene]], size: int, device: str = "cpu") ->
     light = shade.illuminate(surface, palette, colour, gloss, glow)
     seeds = [who.seed * 9176 + v.seed for who, v in pairs]
     images = torch.stack([backdrop(v.background, size, seed, stage.device) for (_, v), seed in zip(pairs, seeds)])
-    images = images.repeat_interleave(SUPERSAMPLE, 1).repeat_interleave(SUPERSAMPLE, 2).flatten(0, 2)
-    images[pixel] = light
-    exposure = torch.tensor([v.exposure for _, v in pairs], device=stage.device)
-    images = images.view(len(pairs), size, SUPERSAMPLE, size, SUPERSAMPLE, 3).mean((2, 4)) * exposure[:, None, None, None]
-    subject = (index >= 0).float().view(len(pairs), 1, size, SUPERSAMPLE, size, SUPERSAMPLE).mean((3, 5))
-    images = style.finish(display(images).permute(0, 3, 1, 2), subject, [v.style for _, v in pairs], seeds)
-    images = (images * 255).round().byte().contiguous()
-    return images, *_annotate(stage, camera)
+    images = images.repeat_interleave(SUPERSAMPLE, 1).repeat_interleave(SUPERSAMPLE, 2)
+    return style.develop(images, pixel, light, index >= 0, [v for _, v in pairs], seeds), *_annotate(stage, camera)
 
 
 def _annotate(stage: Stage, camera: Camera) -> tuple[Tensor, Tensor]:

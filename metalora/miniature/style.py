@@ -4,12 +4,17 @@ All functions take display values 0..1 of pictures of one style, (n, 3, size, si
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
+from metalora.miniature.colour import display
+
+SUPERSAMPLE = 2  # points that are shaded for a pixel, each way
 LUMA = (0.30, 0.59, 0.11)
 STROKE, SECTORS = 2.0, 8  # radius of a stroke in pixels of a picture 128 wide; sectors of the Kuwahara filter
 
@@ -135,3 +140,26 @@ def finish(pictures: Tensor, subject: Tensor, styles: list[str], seeds: list[int
         if chosen:
             pictures[chosen] = apply(pictures[chosen], subject[chosen], [seeds[k] for k in chosen])
     return pictures
+
+
+class Shot(Protocol):
+    """What developing wants to know of a picture."""
+
+    exposure: float
+    style: str
+
+
+def develop(background: Tensor, pixel: Tensor, light: Tensor, subject: Tensor, shots: Sequence[Shot], seeds: list[int]) -> Tensor:
+    """Pictures uint8 (n, 3, size, size) from linear light at SUPERSAMPLE times their size.
+
+    background (n, fine, fine, 3); of the points `pixel` (m,), counted through all pictures, it is replaced by `light` (m, 3);
+    subject (n, fine, fine): which of them are not background.
+    """
+    n, size = len(shots), background.shape[1] // SUPERSAMPLE
+    points = background.flatten(0, 2)
+    points[pixel] = light
+    exposure = torch.tensor([shot.exposure for shot in shots], device=points.device)
+    images = points.view(n, size, SUPERSAMPLE, size, SUPERSAMPLE, 3).mean((2, 4)) * exposure[:, None, None, None]
+    share = subject.float().view(n, 1, size, SUPERSAMPLE, size, SUPERSAMPLE).mean((3, 5))
+    images = finish(display(images).permute(0, 3, 1, 2), share, [shot.style for shot in shots], seeds)
+    return (images * 255).round().byte().contiguous()
