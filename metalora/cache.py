@@ -94,20 +94,32 @@ def encode(
     assert len(images) == len(captions) and len(images) > 0, "a caption for each picture"
     pictures = min(CHUNK, max(1, PIXELS_AT_ONCE // images[0, 0].numel()))
     latents = [base.encode_images(chunk) for chunk in images.split(pictures)]
-    different = list(dict.fromkeys(captions))
-    prompts = min(CHUNK, max(1, TOKENS_AT_ONCE // base.settings.text_tokens))
-    texts = [base.encode_prompts(different[i : i + prompts]) for i in range(0, len(different), prompts)]
-    number = {caption: i for i, caption in enumerate(different)}
+    text, caption = _texts(base, captions)
     grid = (latents[0].image_ids[:, 1:3].max(0).values + 1).int().tolist()  # rows and columns of tokens
     return TrainingSet(
         mean=torch.cat([part.mean for part in latents]),
         std=torch.cat([part.std for part in latents]),
         image_ids=latents[0].image_ids,
-        text=Text.cat(texts),
-        caption=torch.tensor([number[c] for c in captions], device=base.device),
+        text=text,
+        caption=caption,
         subject=torch.tensor(subjects if subjects is not None else [0] * len(captions), device=base.device),
         weight=None if masks is None else F.adaptive_avg_pool2d(masks, grid).flatten(1).to(base.device),
     )
+
+
+def captioned(base: Base, data: TrainingSet, captions: Sequence[str]) -> TrainingSet:
+    """The same pictures with other captions, one each."""
+    text, caption = _texts(base, captions)
+    return replace(data, text=text, caption=caption)
+
+
+def _texts(base: Base, captions: Sequence[str]) -> tuple[Text, Tensor]:
+    """The m different ones of k captions, encoded, and which of them each is, (k,)."""
+    different = list(dict.fromkeys(captions))
+    prompts = min(CHUNK, max(1, TOKENS_AT_ONCE // base.settings.text_tokens))
+    texts = [base.encode_prompts(different[i : i + prompts]) for i in range(0, len(different), prompts)]
+    number = {caption: i for i, caption in enumerate(different)}
+    return Text.cat(texts), torch.tensor([number[c] for c in captions], device=base.device)
 
 
 def mirrored(images: Sequence[Image.Image]) -> list[Image.Image]:

@@ -73,6 +73,8 @@ class AdaptConfig:
     # Pictures that the base itself makes of others of the class, learnt along under the person's words, but for the face: prompts keep
     # what they mean. [Ours, after the prior preservation of DreamBooth, arXiv 2208.12242, section 3.2, which learns them whole and under other words]
     prior_pictures: int = 0
+    # Draws of noise by which the base itself is asked which of its `asked_phrases` are true of the photo, for the caption; 0: it is not asked.
+    asked_draws: int = 0
     # The blocks are compiled first. It takes about a minute once; after that a step on a GPU is a quarter shorter, and on a CPU, where it
     # takes a C++ compiler, a sixth.
     compiled: bool = False
@@ -138,6 +140,7 @@ class BaseSettings:
     dino: str = "facebook/dinov2-small"  # folder or Hub id; judges likeness in domains whose subject is no face
     det_size: int = 640
     caption_phrases: tuple[tuple[str, ...], ...] = ()  # groups, one of each of which describes what in a photo is not the person
+    asked_phrases: tuple[tuple[str, ...], ...] = ()  # more such groups, for which the base itself is asked (phrases.py), of photos of people
     thing_phrases: tuple[tuple[str, ...], ...] = ()  # the same for photos of domains whose subject is no face
     prompt_phrases: tuple[tuple[str, ...], ...] = ()  # groups of what prompts may say, for the page
 

@@ -146,7 +146,7 @@ class Bench:
         settings, same = personalizer.base.settings, {"seed": seed} | ({} if steps is None else {"steps": steps})
         self.config = replace(settings.adapt, **same)
         # An ordinary LoRA has the settings that suit it best, and all the rest in common: photo, crops, loss, seed.
-        common = {name: getattr(settings.adapt, name) for name in ("crops", "margin", "background", "prior_pictures", "ema", "flow")}
+        common = {name: getattr(settings.adapt, name) for name in ("crops", "margin", "background", "prior_pictures", "asked_draws", "ema", "flow")}
         self.plain = replace(settings.plain, **common, **same)
         self.peer = peer.PeerConfig(**same)  # no setting of ours is its concern
         self.scorer = Scorer(finder_of(personalizer, data), personalizer.clip, dino)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from . import adapt as stage2
-from . import cache, hub
+from . import cache, hub, phrases
 from .base import OUT_OF_MEMORY, Base, choice_for
 from .clip import Clip
 from .config import DEFAULT_BASE, FACE, AdaptConfig
@@ -224,7 +224,7 @@ class Personalizer:
             config = replace(config, crops=1, background=1.0)
         images = [load_photo(photo) for photo in photos]
         seen = [(image.size, hashlib.sha256(image.tobytes()).digest()) for image in images]
-        key = (seen, domain, face, config.crops, config.margin, config.background, config.seed)
+        key = (seen, domain, face, config.crops, config.margin, config.background, config.asked_draws, config.seed)
         if self._encoded is None or self._encoded.key != key:
             faces = [self.pick(image, domain, face) for image in images]
             mean = np.mean([found.embedding for found in faces], axis=0)
@@ -234,19 +234,28 @@ class Personalizer:
     def _encode(self, images: Sequence[Image.Image], faces: Sequence[Face], domain: str, config: AdaptConfig) -> cache.TrainingSet:
         settings, whole = self.base.settings, self.finder_of(domain).whole
         captioner = Captioner(self.clip, settings.thing_phrases if whole else settings.caption_phrases)
-        crops, masks, captions = [], [], []
+        sets = []
         for number, (image, found) in enumerate(zip(images, faces)):
             box = found.box
             cut, mask = (  # the mask is cut as the photo is; a thing is not mirrored: handles would change sides, and letters
                 stage2.crops(picture, box, settings.train_resolution, config, config.seed + number, mirror=not whole)
                 for picture in (image, cache.face_mask(image.size, box, config.background))
             )
-            crops += cut
-            masks += mask
             caption = captioner.caption(cut[0], f"{settings.trigger} {domain}", domain)
-            captions += [caption] * config.crops + [mirrored(caption)] * (len(cut) - config.crops)
-        with plain_faults():
-            return cache.encode(self.base, cache.to_tensor(crops), captions, masks=cache.to_weights(masks) if config.background < 1 else None)
+            both = partial(_both_ways, config.crops, len(cut))
+            with plain_faults():
+                data = cache.encode(self.base, cache.to_tensor(cut), both(caption), masks=cache.to_weights(mask) if config.background < 1 else None)
+                if config.asked_draws and not whole:
+                    caption = self._ask(data.pictures(torch.arange(config.crops)), caption, config)
+                    data = cache.captioned(self.base, data, both(caption))
+            sets.append(data)
+        return cache.merge(sets)
+
+    def _ask(self, data: cache.TrainingSet, caption: str, config: AdaptConfig) -> str:
+        """The caption with what the base itself, nobody in it, says of the encoded crops."""
+        unload_people(self.base)
+        asked = partial(phrases.truest, self.base, data, caption, draws=config.asked_draws, batch_size=config.batch_size, seed=config.seed)
+        return ", ".join([caption, *(asked(group) for group in self.base.settings.asked_phrases)])
 
     def _prior(self, domain: str, count: int, seed: int) -> list[cache.TrainingSet]:
         """What the base makes of others of the class, under the person's words and without the faces; see `config.prior_pictures`.
@@ -337,6 +346,11 @@ def plain_faults() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise MetaLoraError(OUT_OF_MEMORY) from error
+
+
+def _both_ways(upright: int, pictures: int, caption: str) -> list[str]:
+    """The caption for each of the pictures, of which those after the first `upright` are seen in a mirror."""
+    return [caption] * upright + [mirrored(caption)] * (pictures - upright)
 
 
 def _listed(value: Any) -> list[Any]:

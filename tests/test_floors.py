@@ -18,7 +18,7 @@ FLOORS = [
     {"base"},
     {"cache", "foreign"},
     {"train", "score", "webreport", "methods", "peer"},
-    {"directions"},
+    {"directions", "phrases"},
     {"adapt", "meta", "generate"},
     {"personalizer", "report"},
     {"evaluate", "people"},

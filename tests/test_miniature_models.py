@@ -26,7 +26,7 @@ from metalora.miniature import assemble as assembly
 from metalora.miniature import base as base_training
 from metalora.miniature import detector, recogniser
 from metalora.miniature.__main__ import main
-from metalora.miniature.captions import TRIGGER, caption_phrases, vocabulary
+from metalora.miniature.captions import TRIGGER, asked_phrases, caption_phrases, vocabulary
 from metalora.miniature.clip import train_clip
 from metalora.miniature.facepack import separation
 from metalora.miniature.features import Latents, cached, encode_latents
@@ -474,6 +474,7 @@ def test_the_assembled_base_opens_and_generates(assets: Path):
     assert Path(base.settings.clip).resolve() == (assets / "clip").resolve()
     assert Path(base.settings.face_pack).resolve() == (assets / "face").resolve()
     assert base.settings.caption_phrases == tuple(tuple(group) for group in caption_phrases())
+    assert base.settings.asked_phrases == tuple(tuple(group) for group in asked_phrases()) and base.settings.adapt.asked_draws == base.settings.plain.asked_draws > 0
     image = base.pipeline("a photo of a woman", height=SIZE, width=SIZE, num_inference_steps=1, max_sequence_length=16).images[0]
     assert image.size == (SIZE, SIZE)
 

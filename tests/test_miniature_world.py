@@ -161,7 +161,7 @@ def test_captions_of_one_picture_vary():
 
 def test_all_prompts_of_the_project_are_made_of_known_words():
     prompts = [fill(prompt, "sks woman") for prompt in dataset.PROMPTS + dataset.MORE_PROMPTS]
-    phrases = [phrase for group in captions.caption_phrases() + captions.prompt_phrases() for phrase in group]
+    phrases = [phrase for group in captions.caption_phrases() + captions.asked_phrases() + captions.prompt_phrases() for phrase in group]
     for text in [*prompts, *PREVIEW_PROMPTS, *phrases]:
         assert set(words(text)) <= WORDS, text
         assert len(words(text)) <= captions.MAX_WORDS, text

@@ -21,7 +21,7 @@ from transformers import CLIPModel, Dinov2Model
 
 from metalora.errors import MetaLoraError
 from metalora.miniature.base import Denoiser, trained_base
-from metalora.miniature.captions import TRIGGER, caption_phrases, prompt_phrases, thing_phrases, vocabulary
+from metalora.miniature.captions import TRIGGER, asked_phrases, caption_phrases, prompt_phrases, thing_phrases, vocabulary
 from metalora.miniature.clip import build_processor, trained_clip
 from metalora.miniature.facepack import DETECTOR_FILE, RECOGNISER_FILE
 from metalora.miniature.likeness import NAME as LIKENESS
@@ -34,7 +34,7 @@ from metalora.miniature.vae import DECODER
 MOST_MEGABYTES = 60.0  # of all assets together, so that the project stays a quick download
 GUIDANCE = 3.5  # that a base which has learnt guidance is used with
 # What metalora.json says of this base beyond `write_settings`; found by trial on people of the training.
-LEARNING: dict[str, Any] = {"batch_size": 4, "background": 0.1, "prior_pictures": 8, "ema": 0.96, "flow": {"logit_mean": 0.5}}
+LEARNING: dict[str, Any] = {"batch_size": 4, "background": 0.1, "prior_pictures": 8, "asked_draws": 48, "ema": 0.96, "flow": {"logit_mean": 0.5}}
 SETTINGS: dict[str, Any] = {
     # The steps are not: they were read off the curve of the held-out people that the README shows, as what keeps of a prompt what it names.
     "adapt": {"steps": 80, "learning_rate": 5e-3, **LEARNING},
@@ -97,7 +97,7 @@ def write_miniature(parts: Parts, folder: Path) -> None:
     """The pipeline in float16, metalora.json and the card."""
     save_pipeline(trained_base(parts.job, parts.base), folder)
     guided = {"guidance": GUIDANCE} if parts.base == "base-guided" else {}
-    phrases = {"caption_phrases": caption_phrases(), "thing_phrases": thing_phrases(), "prompt_phrases": prompt_phrases()}
+    phrases = {"caption_phrases": caption_phrases(), "asked_phrases": asked_phrases(), "thing_phrases": thing_phrases(), "prompt_phrases": prompt_phrases()}
     write_settings(folder, parts.config, TRIGGER, **phrases, **guided, **SETTINGS)
     _describe(folder, MINIATURE_CARD, parts.pick("vae", DECODER, "clip", "base", "base-guided"), size=parts.config.size)
 

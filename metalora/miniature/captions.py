@@ -126,6 +126,11 @@ def caption_phrases() -> list[list[str]]:
     return [_wearing(TOPS | HATS), *thing_phrases()]
 
 
+def asked_phrases() -> list[list[str]]:
+    """The same for which the base itself is asked, which knows expressions."""
+    return [[first for first, *_ in EXPRESSIONS.values()]]
+
+
 def thing_phrases() -> list[list[str]]:
     """The same for a thing, which wears nothing."""
     return [[first for first, *_ in BACKGROUNDS.values()]]
