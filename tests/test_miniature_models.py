@@ -34,7 +34,7 @@ from metalora.miniature.likeness import build_dino
 from metalora.miniature.meta_down import People
 from metalora.miniature.optimizer import Muon, Optimizer
 from metalora.miniature.people import HELD_OUT, person, scene
-from metalora.miniature.pipeline import Spelling, build_pipeline, clip_tokenizer, save_pipeline, t5_tokenizer
+from metalora.miniature.pipeline import MiniatureConfig, Spelling, build_pipeline, clip_tokenizer, save_pipeline, t5_tokenizer
 from metalora.miniature.shards import draw_captioned, load_shards
 from metalora.miniature.training import Draws, Job, Trainer, TrainingConfig, write_result
 from metalora.miniature.vae import load_vae, random_crops, train_decoder, train_vae, trained_vae, vae_loss
@@ -387,6 +387,30 @@ def test_the_alignment_sees_the_clean_picture_of_its_row_and_only_where_there_ar
     denoiser.velocity(latents.draw(batch, torch.Generator()), torch.full((4,), 0.5), denoiser.encode(*denoiser.tokens(batch.captions)), torch.ones(4))
     alignment._seen[0] = tokens
     assert alignment.loss(batch) < 1e-5
+
+
+def test_compiled_blocks_have_the_gradients_of_those_that_are_not():
+    """With the sizes that the miniature is trained at: what a compiler gets wrong it gets wrong at some sizes only."""
+    transformer = build_pipeline(replace(MiniatureConfig(), double_blocks=0, single_blocks=1), vocabulary(), seed=0).transformer
+    torch.manual_seed(0)
+    for p in transformer.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    inputs = torch.randn(8, 64, 64), torch.randn(8, 32, 128), torch.randn(8, 96)
+    places = FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32)
+
+    def gradients() -> torch.Tensor:
+        transformer.zero_grad()
+        pictures, texts, pooled = inputs
+        with base_training.small_products(transformer.device):
+            made = transformer(hidden_states=pictures, encoder_hidden_states=texts, pooled_projections=pooled, timestep=torch.linspace(0.1, 0.9, 8),
+                               guidance=torch.ones(8), img_ids=places, txt_ids=torch.zeros(32, 3), return_dict=False)[0]
+        made.float().square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in transformer.parameters() if p.grad is not None])
+
+    plain = gradients()
+    base_training.compile_blocks(transformer)
+    compiled = gradients()
+    assert (compiled - plain).norm() < 0.05 * plain.norm()
 
 
 def test_a_face_s_cells_count_more_and_a_mirrored_face_s_are_mirrored():
