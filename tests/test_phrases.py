@@ -82,7 +82,7 @@ def test_nobody_is_in_the_base_that_is_asked(asking, base, meta_down, config, tm
 
 @pytest.mark.one_family
 def test_the_miniature_knows_a_face_that_laughs_from_one_that_is_surprised():
-    """Of eight people who are held out, drawn with either; a CLIP of that size is right half of the time."""
+    """Of eight people who are held out, drawn with either, six at least."""
     personalizer, right = Personalizer.open(), 0
     for seed in range(1003000, 1003008):
         who, expression = person(seed), ("laugh", "surprised")[seed % 2]
