@@ -102,9 +102,8 @@ def test_a_person_is_learnt_the_same_compiled(base, photo, meta_down, config, mo
         torch.testing.assert_close(same.factors[name][1], up, rtol=1e-3, atol=1e-4)
     before = state_hash(base.transformer)
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no/compiler"))
-    with pytest.raises(MetaLoraError, match="takes a C\\+\\+ compiler"):
+    nowhere = torch._inductor.config.patch({"force_disable_caches": True, "cpp.cxx": (None, "/no/compiler")})  # which is undone whole, as monkeypatch's is not
+    with nowhere, pytest.raises(MetaLoraError, match="takes a C\\+\\+ compiler"):
         run(adapt(base, meta_down, photo, replace(config, compiled=True)))
     assert state_hash(base.transformer) == before and all(m._compiled_call_impl is None for m in base.transformer.modules())
 
