@@ -138,5 +138,4 @@ def thing_phrases() -> list[list[str]]:
 
 def prompt_phrases() -> list[list[str]]:
     """Groups of phrases that a prompt may use."""
-    first = [[phrases[0] for phrases in each.values()] for each in (EXPRESSIONS, BACKGROUNDS)]
-    return [*first, list(TURNS.values()), _wearing(TOPS), [*_wearing(HATS), "wearing glasses"]]
+    return [*asked_phrases(), *thing_phrases(), list(TURNS.values()), _wearing(TOPS), [*_wearing(HATS), "wearing glasses"]]
