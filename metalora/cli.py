@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -181,6 +182,7 @@ def meta_train(
     directions: Annotated[int | None, typer.Option("--directions", min=0, metavar="PEOPLE", help="Before, begin where the gradients of so many people point.")] = None,
     subject: Annotated[Literal["face", "picture"] | None, typer.Option("--subject", help="What the photos are of: a face in each, or the whole picture for a domain of things; the base's own when not given.")] = None,
     settings: Annotated[str, typer.Option("--set", metavar="KEY=VALUE,...", help="Other settings of stage 1 than the base's, such as start_rate=0.5,bucket_size=8.")] = "",
+    adapt: Annotated[str, typer.Option("--adapt", metavar="KEY=VALUE,...", help="Settings with which those of this domain are to be learnt, where the base's do not suit, such as steps=40.")] = "",
     seed: Seed = 0, log: Annotated[Path | None, typer.Option("--log", metavar="FOLDER", help="Write a TensorBoard log there.")] = None,
     base: BaseName = DEFAULT_BASE, plan: PlanName = None, json: Json = False,
 ) -> Result:  # fmt: skip
@@ -190,12 +192,14 @@ def meta_train(
 
     if (output / TENSORS).exists():
         raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
-    from .config import read_settings
+    from .config import AdaptConfig, overlay, read_settings
     from .data import load_dataset
     from .progress import Line, tensorboard
 
     given = {"rounds": rounds, "direction_people": directions, "subject": subject}
     changes = (read_settings(settings, "--set") if settings else {}) | {key: value for key, value in given.items() if value is not None} | {"seed": seed}
+    of_domain = read_settings(adapt, "--adapt") if adapt else {}
+    overlay(AdaptConfig(), of_domain, "--adapt")
     people = load_dataset(dataset, open_pictures=True).of_domain(domain)
     _fetch(base)
     from .base import Base
@@ -212,7 +216,7 @@ def meta_train(
             if record:
                 record(report)
 
-        found = finish(learn_domain(opened, people, domain, name or output.name, output, changes), show)
+        found = replace(finish(learn_domain(opened, people, domain, name or output.name, output, changes), show), adapt=of_domain)
     if not first:
         return {}, ""  # one of several processes speaks for all
     found.save(output)

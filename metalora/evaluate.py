@@ -138,15 +138,25 @@ def finder_of(personalizer: Personalizer, data: Dataset) -> Finder:
     return personalizer.finder_of(data.subjects[0].domain)
 
 
+def usual_settings(personalizer: Personalizer, data: Dataset) -> AdaptConfig:
+    """How those of a dataset are learnt with their Meta-Downs. MetaLoraError where the Meta-Down of one domain asks for another way than that of the next."""
+    if personalizer.is_plain:
+        return personalizer.base.settings.adapt
+    ways = {domain: personalizer.adapt_config(domain) for domain in sorted({subject.domain for subject in data.subjects} & {*personalizer.domains})}
+    if len(set(map(repr, ways.values()))) > 1:
+        raise MetaLoraError(f"The Meta-Downs of {', '.join(ways)} ask for settings of their own, each for others; evaluate each domain in a dataset of its own.")
+    return next(iter(ways.values()), personalizer.base.settings.adapt)
+
+
 class Bench:
     """The people, the parts that score, and the folder."""
 
     def __init__(self, personalizer: Personalizer, data: Dataset, output: Path, steps: int | None, seed: int, strength: float, dino: Dino | None):
         self.personalizer, self.data, self.output, self.seed, self.strength = personalizer, data, output, seed, strength
         settings, same = personalizer.base.settings, {"seed": seed} | ({} if steps is None else {"steps": steps})
-        self.config = replace(settings.adapt, **same)
+        self.config = replace(usual_settings(personalizer, data), **same)
         # An ordinary LoRA has the settings that suit it best, and all the rest in common: photo, crops, loss, seed.
-        common = {name: getattr(settings.adapt, name) for name in ("crops", "margin", "background", "prior_pictures", "asked_draws", "ema", "flow")}
+        common = {name: getattr(self.config, name) for name in ("crops", "margin", "background", "prior_pictures", "asked_draws", "ema", "flow")}
         self.plain = replace(settings.plain, **common, **same)
         self.peer = peer.PeerConfig(**same)  # no setting of ours is its concern
         self.scorer = Scorer(finder_of(personalizer, data), personalizer.clip, dino)

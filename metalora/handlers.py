@@ -17,11 +17,13 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from . import cards
+from .config import FACE
 from .errors import Cancelled, MetaLoraError
 from .hub import NoAccess
 from .studio import Learnt, Order, StopFlag, Studio, on_gpu
 
 UPDATE_EVERY = 1.0  # seconds between two looks of the progress card; on two cores a browser that draws it four times as often makes learning half as long again
+DOMAINS = ("woman", "man")  # that the page begins with, and all there are to choose from without a Meta-Down
 CONTROLS = 7  # that a base's settings set
 PREVIEWS = 12  # pictures of the likeness on its way, over a whole learning
 SHOWN_AS_THEY_ARE = {".jpg", ".jpeg", ".png", ".webp"}  # what every browser can show
@@ -109,6 +111,9 @@ class Handlers:
     def _greeting(self) -> list:
         try:
             personalizer = self.studio.personalizer
+            domains = personalizer.domains or list(DOMAINS)
+            domain = DOMAINS[0] if DOMAINS[0] in domains else domains[0]
+            config = personalizer.adapt_config(domain)
         except MetaLoraError as error:
             return self._fault(error)
         base, s = personalizer.base, personalizer.base.settings
@@ -118,8 +123,8 @@ class Handlers:
             text += f"; without a Meta-Down people are learnt as ordinary LoRAs of rank {s.plain_rank} (make one with python -m metalora meta-train, or give one with --meta-down)"
         return [
             cards.status(text),
-            gr.Radio(choices=personalizer.domains or ["woman", "man"]),
-            gr.Slider(value=personalizer.adapt_config.steps),
+            gr.Radio(choices=domains, value=domain),
+            gr.Slider(value=config.steps),
             gr.Dropdown(choices=sizes(s.resolution, 2 * base.pipeline.vae_scale_factor), value=f"{s.resolution}x{s.resolution}"),
             gr.Slider(value=s.inference_steps),
             gr.Slider(value=s.guidance),
@@ -157,6 +162,15 @@ class Handlers:
     def choose_face(event: gr.SelectData) -> int:
         """Its number, from 1, left to right."""
         return event.index + 1
+
+    def choose_domain(self, domain: str, steps: int):
+        """Steps that suit the domain, if they are still those of another, and what there is to learn."""
+        with one_sentence():
+            personalizer = self.studio.personalizer
+            usual = {each: personalizer.adapt_config(each).steps for each in personalizer.domains}
+            noun = "person" if personalizer.subject_of(domain) == FACE else domain
+        untouched = domain in usual and steps in usual.values()
+        return gr.Slider(value=usual[domain]) if untouched else gr.skip(), gr.Button(f"Learn this {noun}")
 
     def learn(self, photo: str | None, face: int, domain: str, steps: int, seed: int, held_out: list[str] | None, request: gr.Request):
         """Learn the person in a photo; progress, then the identity file and the LoRA as diffusers and kohya write it."""

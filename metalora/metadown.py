@@ -14,7 +14,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from .adapter import Factors
-from .config import FACE, FORMAT_VERSION, SUBJECTS, AdapterConfig, overlay
+from .config import FACE, FORMAT_VERSION, SUBJECTS, AdaptConfig, AdapterConfig, overlay
 from .errors import MetaLoraError
 from .files import CARD, CONFIG, MORE, PREDICTOR, START, TENSORS, load_tensors, save_json, save_tensors, write_atomically
 from .licence import front_matter, notice
@@ -36,6 +36,7 @@ class MetaDown:
     start: Factors = field(default_factory=dict)  # layer name → Mid, Up that a new person begins with; none: fresh ones
     predictor: Predictor | None = None  # tells a start of one's own from the face
     subject: str = FACE  # what the domain's photos are of, one of SUBJECTS
+    adapt: dict[str, Any] = field(default_factory=dict)  # settings of stage 2 that suit this domain, where they are not the base's
 
     @cached_property
     def sha256(self) -> str:
@@ -53,6 +54,10 @@ class MetaDown:
     def stamp(self) -> str:
         """What tells apart two Meta-Downs whose people come out differently: the SHA-256 of every file."""
         return "+".join([self.sha256, *(sha256 for _, sha256 in self.more.values())])
+
+    def over(self, config: AdaptConfig) -> AdaptConfig:
+        """A base's settings of stage 2 under this domain's own."""
+        return overlay(config, self.adapt, f"the Meta-Down {self.name}")
 
     def start_for(self, face: Tensor | None, share: float) -> Factors:
         """Mid and Up that somebody with that embedding (d,) begins with: this share of the way from everybody's start to their own."""
@@ -76,6 +81,7 @@ class MetaDown:
             "base": self.base,
             "base_fingerprint": self.base_fingerprint,
             "adapter": asdict(self.adapter),
+            "adapt": self.adapt,
             "training": self.training,
             "licence": self.licence,
             "sha256": self.sha256,
@@ -92,13 +98,15 @@ class MetaDown:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             adapter = overlay(AdapterConfig(), config["adapter"], f"{folder / CONFIG}")
             version = int(config["format_version"])
-            values = {k: config[k] for k in ("name", "domain", "base", "base_fingerprint", "training", "licence")} | {"subject": config.get("subject", FACE)}
+            values = {k: config[k] for k in ("name", "domain", "base", "base_fingerprint", "training", "licence")}
+            values |= {"subject": config.get("subject", FACE), "adapt": dict(config.get("adapt", {}))}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MetaLoraError(f"{folder} is not a Meta-Down folder: its {CONFIG} is missing or damaged.") from error
         if version > FORMAT_VERSION:
             raise MetaLoraError(f"The Meta-Down in {folder} was made by a newer Meta-LoRA; update this one.")
         if values["subject"] not in SUBJECTS:
             raise MetaLoraError(f"The Meta-Down in {folder} is of a subject that is not known here ({values['subject']}); update Meta-LoRA, or get the folder afresh.")
+        overlay(AdaptConfig(), values["adapt"], f"{folder / CONFIG}")
         tensors, _ = load_tensors(folder / TENSORS, "a Meta-Down")
         named = {name for name, key in MORE.items() if config.get(key)}
         start = _load_start(folder / START, tensors) if START in named else {}
@@ -138,6 +146,7 @@ def model_card(meta_down: MetaDown) -> str:
     """The README.md of a Meta-Down folder, with the Hub's front matter."""
     m, a = meta_down, meta_down.adapter
     training = "\n".join(f"- {key}: {value}" for key, value in m.training.items()) or "- not recorded"
+    own = f"\n- settings of stage 2 that suit it: {json.dumps(m.adapt)}" if m.adapt else ""
     says = {START: "Mid and Up that a new person begins with", PREDICTOR: "which tells such a start of one's own from the face"}
     more = "".join(f"\n- {name}, {says[name]}: SHA-256 {sha256}" for name, (_, sha256) in m.more.items())
     return f"""---
@@ -154,7 +163,7 @@ Method: "Meta-LoRA: Meta-Learning LoRA Components for Domain-Aware ID Personaliz
 
 - subject of its photos: {"a face" if m.subject == FACE else "the whole picture"}
 - base fingerprint: {m.base_fingerprint}
-- ranks: Meta-Down {a.meta_rank}, person {a.rank}; scale {a.scale}
+- ranks: Meta-Down {a.meta_rank}, person {a.rank}; scale {a.scale}{own}
 - adapted layers: {len(m.tensors)}, those that match `{a.targets}`
 - SHA-256 of {TENSORS}: {m.sha256}{more}
 

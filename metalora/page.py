@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from . import cards
-from .handlers import Handlers, Sample
+from .handlers import DOMAINS, Handlers, Sample
 from .studio import Studio
 
 # System fonts only: a page that asks a font server for its letters is slow, or ugly without a network.
@@ -94,7 +94,7 @@ def _learning() -> dict[str, gr.Component]:
     """Step 2: learn the person, and see how it goes."""
     gr.HTML(cards.heading(2, "Learn the person"), padding=False)
     c: dict[str, gr.Component] = {}
-    c["domain"] = gr.Radio(["woman", "man"], value="woman", label="The photo shows a", elem_id="domain")
+    c["domain"] = gr.Radio(list(DOMAINS), value=DOMAINS[0], label="The photo shows a", elem_id="domain")
     c["domain"].preprocess = lambda payload: payload  # the base says which there are, not the list that the page began with
     c["learn"] = gr.Button("Learn this person", variant="primary", size="lg", elem_id="learn")
     c["stop"] = gr.Button("Stop", variant="stop", size="lg", visible=False, elem_id="stop")
@@ -163,6 +163,8 @@ def _wire(page: gr.Blocks, do: Handlers, learnt: gr.State, base: dict, who: dict
     who["photo"].upload(do.look, who["photo"], shown, api_name="look", show_progress="minimal", show_progress_on=who["photo"])
     who["photo"].clear(do.look, gr.State(None), shown, show_progress="hidden", **PRIVATE)
     who["faces"].select(do.choose_face, None, who["face"], show_progress="hidden", **PRIVATE)
+
+    who["domain"].change(do.choose_domain, [who["domain"], who["steps"]], [who["steps"], who["learn"]], show_progress="hidden", **PRIVATE)
 
     asked = [who[k] for k in ("photo", "face", "domain", "steps", "seed", "held_out")]
     who["learn"].click(

@@ -33,7 +33,6 @@ def adapt_all(
     Raises MetaLoraError where a Meta-Down is missing or a file in the folder is of other settings.
     """
     folder = Path(folder)
-    steps = personalizer.adapt_config.steps if steps is None else steps
     by_file = {name: subject for name, subject in zip(file_names(subjects), subjects)}
     _check(personalizer, by_file, folder, steps, seed)
     faults: dict[str, str] = {}
@@ -58,10 +57,10 @@ def adapt_all(
     return Learnt({s.identity: folder / name for name, s in by_file.items() if s.identity not in faults}, faults)
 
 
-def _learn(personalizer: Personalizer, subject: Subject, steps: int, seed: int, pace: Pace) -> Generator[Progress, None, Identity]:
+def _learn(personalizer: Personalizer, subject: Subject, steps: int | None, seed: int, pace: Pace) -> Generator[Progress, None, Identity]:
     photos = [item.path for item in subject.references]
     run = personalizer.adapt_steps(photos, subject.domain, steps, seed)
-    return (yield from shown(run, lambda report: pace.at(report.step / steps, f"{subject.identity}  step {report.step}/{steps}  loss {report.loss:.4f}")))
+    return (yield from shown(run, lambda report: pace.at(report.step / report.steps, f"{subject.identity}  step {report.step}/{report.steps}  loss {report.loss:.4f}")))
 
 
 def file_names(subjects: Sequence[Subject]) -> list[str]:
@@ -80,17 +79,18 @@ def file_names(subjects: Sequence[Subject]) -> list[str]:
     return names
 
 
-def _check(personalizer: Personalizer, by_file: dict[str, Subject], folder: Path, steps: int, seed: int) -> None:
+def _check(personalizer: Personalizer, by_file: dict[str, Subject], folder: Path, steps: int | None, seed: int) -> None:
     """Before the first step: a Meta-Down for every domain, and no file that was learnt in another way."""
     base, plain = personalizer.base, personalizer.base.settings.plain_rank
     for name, subject in by_file.items():
         down = None if personalizer.is_plain else personalizer.meta_down(subject.domain)
         if not (folder / name).is_file():
             continue
-        rank, rows = personalizer.adapt_config.ranks(down.adapter) if down else (plain, plain)
+        config = personalizer.adapt_config(subject.domain)
+        rank, rows = config.ranks(down.adapter) if down else (plain, plain)
         wanted = {
             "base_fingerprint": base.fingerprint, "meta_down_sha256": down.sha256 if down else "", "domain": subject.domain,
-            "rank": rank, "meta_rank": rows, "trigger": base.settings.trigger, "steps": steps, "seed": seed,
+            "rank": rank, "meta_rank": rows, "trigger": base.settings.trigger, "steps": config.steps if steps is None else steps, "seed": seed,
         }  # fmt: skip
         found = Identity.load(folder / name)
         other = [key for key, value in wanted.items() if getattr(found, key) != value]

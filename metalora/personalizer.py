@@ -83,10 +83,9 @@ class Personalizer:
         """Whether there is no Meta-Down for this base at all, so that people are learnt as ordinary LoRAs."""
         return self._given is None and not hub.meta_down_places(self.base.name)
 
-    @property
-    def adapt_config(self) -> AdaptConfig:
-        """How people are learnt here."""
-        return self.base.settings.plain if self.is_plain else self.base.settings.adapt
+    def adapt_config(self, domain: str) -> AdaptConfig:
+        """How a domain's people are learnt here: as the base says, and its Meta-Down."""
+        return self.base.settings.plain if self.is_plain else self.meta_down(domain).over(self.base.settings.adapt)
 
     @property
     def domains(self) -> list[str]:
@@ -171,7 +170,7 @@ class Personalizer:
 
         With `preview_every`, every so many steps a report carries a picture of the person so far, always from the same noise.
         """
-        config = self.adapt_config
+        config = self.adapt_config(domain)
         config = replace(config, steps=config.steps if steps is None else steps, seed=seed)
         if self.is_plain:
             return self.adapt_plain_steps(photos, domain, self.base.settings.plain_rank, config, face=face, preview_every=preview_every)
@@ -219,7 +218,7 @@ class Personalizer:
 
         Where the whole picture is the subject there is one crop, the largest square, as it is, and no background.
         """
-        config = config or self.adapt_config
+        config = config or self.adapt_config(domain)
         if self.finder_of(domain).whole:
             config = replace(config, crops=1, background=1.0)
         images = [load_photo(photo) for photo in photos]
@@ -245,7 +244,7 @@ class Personalizer:
             both = partial(_both_ways, config.crops, len(cut))
             with plain_faults():
                 data = cache.encode(self.base, cache.to_tensor(cut), both(caption), masks=cache.to_weights(mask) if config.background < 1 else None)
-                if config.asked_draws and not whole:
+                if config.asked_draws and settings.asked_phrases and not whole:
                     caption = self._ask(data.pictures(torch.arange(config.crops)), caption, config)
                     data = cache.captioned(self.base, data, both(caption))
             sets.append(data)

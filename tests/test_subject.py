@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -21,8 +22,9 @@ from metalora.data import load_dataset
 from metalora.dino import Dino
 from metalora.evaluate import evaluate
 from metalora.generate import unload_people
+from metalora.handlers import Handlers
 from metalora.meta import learn_domain
-from metalora.metadown import MetaDown
+from metalora.metadown import MetaDown, model_card
 from metalora.report import SETTINGS, TRUE_PHOTOS, read_rows
 from metalora.studio import Order, StopFlag, Studio
 from metalora.subject import PictureFinder, finder_for
@@ -181,6 +183,34 @@ def test_a_thing_is_learnt_by_both_kinds_of_adapter_and_a_face_as_ever(without_f
             run(of_faces.adapt_plain_steps(photo, domain, 1, without_faces.settings.plain))
 
 
+def test_a_domain_has_settings_of_its_own(without_faces, mug, tmp_path):
+    own = MetaDown.load(replace(mug, adapt={"steps": 3, "flow": {"logit_std": 0.5}}).save(tmp_path))
+    assert own.adapt == {"steps": 3, "flow": {"logit_std": 0.5}} and own.sha256 == mug.sha256
+    assert 'suit it: {"steps": 3' in (tmp_path / "README.md").read_text() and "suit it" not in model_card(mug)
+    personalizer, usual = Personalizer(without_faces, own), without_faces.settings.adapt
+    assert personalizer.adapt_config("mug") == replace(usual, steps=3, flow=replace(usual.flow, logit_std=0.5))
+    assert Personalizer(without_faces, mug).adapt_config("mug") == usual
+    assert personalizer.adapt(picture(0), "mug").steps == 3 and personalizer.adapt(picture(0), "mug", steps=1).steps == 1
+    said = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(said | {"adapt": {"pace": 2}}))
+    with pytest.raises(MetaLoraError, match="config.json has no setting named pace"):
+        MetaDown.load(tmp_path)
+
+
+@pytest.mark.one_family
+def test_domains_that_are_learnt_in_other_ways_are_evaluated_apart(without_faces, mug, things, tmp_path):
+    for domain, steps in (("mug", 1), ("jug", 2)):
+        replace(mug, domain=domain, adapt={"steps": steps}).save(tmp_path / "downs" / domain)
+    personalizer = Personalizer(without_faces, str(tmp_path / "downs"))
+    _, summary = run(evaluate(personalizer, things, ["meta-lora"], tmp_path / "out"))
+    assert summary["methods"]["meta-lora"]["steps"] == 1
+    rows = (things / "metadata.jsonl").read_text().splitlines(keepends=True)
+    mixed = shutil.copytree(things, tmp_path / "mixed")
+    (mixed / "metadata.jsonl").write_text("".join(row.replace('"domain": "mug"', '"domain": "jug"') if "mug-0" in row else row for row in rows))
+    with pytest.raises(MetaLoraError, match="jug, mug ask for settings of their own.*dataset of its own"):
+        run(evaluate(personalizer, mixed, ["meta-lora"], tmp_path / "none"))
+
+
 @pytest.mark.one_family
 def test_things_have_phrases_of_their_own(without_faces, base, mug):
     told = replace(without_faces, settings=replace(without_faces.settings, thing_phrases=(("in the green park",),)))
@@ -250,8 +280,10 @@ def test_the_commands_take_things(opened_by_name, things, tmp_path, monkeypatch,
             main([str(a) for a in arguments])
         return end.value.code or 0, *capsys.readouterr()
 
-    assert call("meta-train", things, "--domain", "mug", "--subject", "picture", "--rounds", 1, "--output", "downs/mug")[0] == 0
-    assert MetaDown.load("downs/mug").subject == "picture"
+    assert call("meta-train", things, "--domain", "mug", "--subject", "picture", "--rounds", 1, "--adapt", "steps=3", "--output", "downs/mug")[0] == 0
+    assert MetaDown.load("downs/mug").subject == "picture" and MetaDown.load("downs/mug").adapt == {"steps": 3}
+    code, _, err = call("meta-train", things, "--domain", "mug", "--adapt", "pace=3", "--output", "none")
+    assert code == 2 and "--adapt has no setting named pace" in err
     monkeypatch.setenv("METALORA_META_DOWN", "downs")
     assert call("doctor", "--json")[1].count('"DINO": {"ok": true') == 1
     photo, other = things / "0-0.png", things / "0-1.png"
@@ -259,8 +291,9 @@ def test_the_commands_take_things(opened_by_name, things, tmp_path, monkeypatch,
     assert code == 0 and json.loads(out)["scores"]["r_facesim"] is not None and json.loads(out)["scores"]["face"] == 1
     code, _, err = call("adapt", photo, "--domain", "mug", "--face", 2, "-o", "two.safetensors")
     assert code == 2 and "leave --face out" in err
-    code, out, _ = call("adapt-all", things, "--domain", "mug", "--output", "all", "--steps", 2, "--json")
-    assert code == 0 and len(json.loads(out)["people"]) == 3
+    for steps in ([], ["--steps", 3]):  # as many as the Meta-Down says, so that the second finds all there
+        code, out, _ = call("adapt-all", things, "--domain", "mug", "--output", "all", *steps, "--json")
+        assert code == 0 and len(json.loads(out)["people"]) == 3
     code, out, _ = call("score", photo, things / "2-0.png", "--against", other, "--subject", "picture", "--json")
     one, two = json.loads(out)["pictures"]
     assert code == 0 and one["r_facesim"] > two["r_facesim"]
@@ -279,3 +312,18 @@ def test_the_page_learns_things_too(without_faces, mug, things, tmp_path):
     (made,) = studio.generate(learnt, Order("in the green park", 1, 0, 2, 1.0, (32, 32), 1.0), tmp_path, stop)
     wanted = studio.personalizer.finder_of("mug").dino.images([made.image, picture(0, 0), picture(0, 1)])
     assert [made.similarity, made.r_facesim] == pytest.approx([float(wanted[0] @ wanted[1]), float(wanted[0] @ wanted[2])], abs=1e-5)
+
+
+@pytest.mark.one_family
+def test_the_page_says_what_is_learnt_in_how_many_steps(without_faces, mug, both, tmp_path):
+    downs = shutil.copytree(both, tmp_path / "downs")
+    replace(mug, adapt={"steps": 7}).save(downs / "mug")
+    opened = Future()
+    opened.set_result(Personalizer(without_faces, str(downs)))
+    page, usual = Handlers(Studio("tiny", _opened=opened), []), without_faces.settings.adapt.steps
+    steps, learn = page.choose_domain("mug", usual)
+    assert steps.value == 7 and learn.value == "Learn this mug"
+    steps, learn = page.choose_domain("woman", 7)
+    assert steps.value == usual and learn.value == "Learn this person"
+    kept, _ = page.choose_domain("mug", 50)  # of the user's own choice
+    assert not isinstance(kept, gr.Slider)
