@@ -140,8 +140,6 @@ def finder_of(personalizer: Personalizer, data: Dataset) -> Finder:
 
 def usual_settings(personalizer: Personalizer, data: Dataset) -> AdaptConfig:
     """How those of a dataset are learnt with their Meta-Downs. MetaLoraError where the Meta-Down of one domain asks for another way than that of the next."""
-    if personalizer.is_plain:
-        return personalizer.base.settings.adapt
     ways = {domain: personalizer.adapt_config(domain) for domain in sorted({subject.domain for subject in data.subjects} & {*personalizer.domains})}
     if len(set(map(repr, ways.values()))) > 1:
         raise MetaLoraError(f"The Meta-Downs of {', '.join(ways)} ask for settings of their own, each for others; evaluate each domain in a dataset of its own.")
