@@ -21,7 +21,9 @@ from metalora.miniature.__main__ import main
 from metalora.miniature.attribute_check import named
 from metalora.miniature.backdrop import PLACES, backdrop
 from metalora.miniature.base import PREVIEW_PROMPTS
+from metalora.miniature.fused import Fused
 from metalora.miniature.pipeline import MiniatureConfig, clip_tokenizer, t5_tokenizer
+from metalora.miniature.raster import rasterize
 from metalora.miniature.render import render
 from metalora.miniature.shards import load_shards
 from metalora.prompts import fill
@@ -228,6 +230,16 @@ def test_keypoints_of_many_people_are_found_where_they_were_drawn():
         face = image[:, y0:y1, x0:x1].mean(dim=(1, 2))
         x, y = marks[0].round().int().tolist()
         assert (image[:, y - 2:y + 3, x - 3:x + 4] - face[:, None, None]).abs().amax() > 25
+
+
+def test_the_compiled_renderer_finds_the_same_triangles_and_draws_the_same_but_for_rounding(monkeypatch: pytest.MonkeyPatch):
+    pairs = [(who := people.person(seed), people.scene(who, seed)) for seed in (3, 4)]
+    triangles = torch.randn(60, 3, 3, generator=torch.Generator().manual_seed(0)).abs() * 20, torch.arange(60) % 2, 2, 32, torch.ones(60, dtype=torch.bool)
+    plain, found = render(pairs, 48)[0], rasterize(*triangles)
+    monkeypatch.setattr(Fused, "compiling", True)
+    compiled = render(pairs, 48)[0]
+    assert all(torch.equal(one, other) for one, other in zip(found, rasterize(*triangles), strict=True))
+    assert (compiled.int() - plain.int()).abs().float().mean() < 0.5
 
 
 # Commands

@@ -20,6 +20,7 @@ from metalora.miniature.people import seeds
 
 SHARES = {"vae": 0.10, "clip": 0.08, "attributes": 0.06, "base": 0.53, "base --distill-guidance": 0.10, "face-detector": 0.04, "face-recogniser": 0.09}
 GPU_BATCHES = {"vae": 64, "clip": 256, "attributes": 256, "base": 512, "base --distill-guidance": 512, "face-detector": 64, "face-recogniser": 256}
+COMPILED_FROM = 2000  # pictures for which it is worth compiling the renderer
 DOMAINS = ("woman", "man")
 Run = Callable[[list[str]], None]  # the arguments of a command, in this process
 
@@ -42,9 +43,10 @@ def finished(name: str, work: Path) -> bool:
 def rendering(given: argparse.Namespace) -> list[list[str]]:
     """The commands that render the people in as many equal parts as there are cores."""
     people, parts = seeds(given.people), given.cores
+    compiled = ["--compiled"] if len(people) * given.scenes >= COMPILED_FROM else []
     bounds = [people.start + len(people) * part // parts for part in range(parts + 1)]
     return [["render", "--output", str(given.data), "--people", f"{first}:{end}", "--scenes", str(given.scenes), "--size", str(given.config.get("size", 128)),
-             "--device", "cpu"] for first, end in zip(bounds, bounds[1:], strict=False)]
+             "--device", "cpu", *compiled] for first, end in zip(bounds, bounds[1:], strict=False)]
 
 
 def make(given: argparse.Namespace, run: Run) -> None:

@@ -10,6 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from metalora.miniature.fused import Fused
+
 _AT_ONCE = {"cpu": 20_000, "cuda": 300_000}  # triangles; what is worked out for a CPU's stays in its cache
 _SLACK = 1e-4  # px by which rows are longer, so that rounding leaves no hole between neighbours
 _EMPTY = torch.iinfo(torch.int64).max
@@ -43,17 +45,26 @@ def rasterize(points: Tensor, picture: Tensor, pictures: int, size: int, two_sid
         third = torch.tensor([0.0, 0.0, 1.0], device=points.device) - own.sum(1, keepdim=True)
         weights = torch.cat([own, third], 1).permute(1, 2, 0).contiguous()  # (3, 3, n)
         triangle, x, y = _pixels(weights, low[part].T.contiguous(), high[part].T.contiguous())
-        of = partial(torch.index_select, dim=0, index=triangle)
-        across, down = x + 0.5, y + 0.5
-        first, second = (of(a).mul_(across).add_(of(b).mul_(down)).add_(of(c)) for a, b, c in weights[:2])
-        z0, z1, z2 = points[part, :, 2].unbind(1)
-        depth = of(z2) + first * of(z0 - z2) + second * of(z1 - z2)
-        pixel = (of(picture[part]) * size + y) * size + x
-        keys.scatter_reduce_(0, pixel, ((depth * _DEPTH_STEPS).long() << 32) | of(part), "amin")
+        pixel, key = _keys(triangle, x, y, weights, points[part, :, 2].T.contiguous(), picture[part], part, size)
+        keys.scatter_reduce_(0, pixel, key, "amin")
     empty = keys == _EMPTY
     index = torch.where(empty, -1, keys & 0xFFFFFFFF).view(pictures, size, size)
     depth = torch.where(empty, torch.inf, (keys >> 32).float() / _DEPTH_STEPS).view(pictures, size, size)
     return index, depth
+
+
+@Fused
+def _keys(triangle: Tensor, x: Tensor, y: Tensor, weights: Tensor, depths: Tensor, picture: Tensor, part: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Where each pixel lies in the list of all, and a key that is the smaller the nearer it is; the key's lower half names the triangle.
+
+    triangle, x, y: what `_pixels` found; weights, depths (3, n), picture, part (n,): of the triangles, part their numbers among all.
+    """
+    of = partial(torch.index_select, dim=0, index=triangle)
+    across, down = x + 0.5, y + 0.5
+    first, second = (of(a).mul_(across).add_(of(b).mul_(down)).add_(of(c)) for a, b, c in weights[:2].unbind())
+    z0, z1, z2 = depths.unbind()
+    depth = of(z2) + first * of(z0 - z2) + second * of(z1 - z2)
+    return (of(picture) * size + y) * size + x, ((depth * _DEPTH_STEPS).long() << 32) | of(part)
 
 
 def _pixels(weights: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,21 +74,30 @@ def _pixels(weights: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor,
     """
     rows = high[1] - low[1] + 1
     triangle = torch.repeat_interleave(rows)
+    y, first, count = _spans(triangle, _before(rows), weights, low, high)
+    row = torch.repeat_interleave(count)
+    x = torch.arange(len(row), device=rows.device) + (first - _before(count))[row]
+    return triangle[row], x, y[row]
+
+
+@Fused
+def _spans(triangle: Tensor, before: Tensor, weights: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the rows of all triangles, as one list: y, the first x inside, and how many are inside.
+
+    triangle: (m,) whose row it is; before: (n,) how many rows lie before each triangle's.
+    """
     of = partial(torch.index_select, dim=0, index=triangle)
-    y = torch.arange(len(triangle), device=rows.device) + of(low[1] - _before(rows))
+    y = torch.arange(len(triangle), device=triangle.device) + of(low[1] - before)
     begin, end, outside, down = None, None, None, y + 0.5
-    for a, b, c in weights:  # along the row a weight is slope x + at_zero
+    for a, b, c in weights.unbind():  # along the row a weight is slope x + at_zero
         slope, at_zero = of(a), of(b).mul_(down).add_(of(c))
         root = -at_zero / slope
         left, right = torch.where(slope > 0, root, -torch.inf), torch.where(slope < 0, root, torch.inf)
         never = (slope == 0) & (at_zero < 0)
         begin, end, outside = (left, right, never) if begin is None else (torch.maximum(begin, left), torch.minimum(end, right), outside | never)
-    first = torch.maximum((begin - _SLACK - 0.5).ceil_(), of(low[0].float()))
-    last = torch.minimum((end + _SLACK - 0.5).floor_(), of(high[0].float()))
-    count = torch.where(outside, 0.0, (last - first + 1).clamp(min=0)).long()
-    row = torch.repeat_interleave(count)
-    x = torch.arange(len(row), device=rows.device) + (first.long() - _before(count))[row]
-    return triangle[row], x, y[row]
+    first = torch.maximum((begin - _SLACK - 0.5).ceil(), of(low[0].float()))
+    last = torch.minimum((end + _SLACK - 0.5).floor(), of(high[0].float()))
+    return y, first.long(), torch.where(outside, 0.0, (last - first + 1).clamp(min=0)).long()
 
 
 def _before(count: Tensor) -> Tensor:

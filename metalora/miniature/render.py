@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metalora.miniature import clothes, hair, headwear, shade, style
 from metalora.miniature.backdrop import backdrop
+from metalora.miniature.fused import Fused
 from metalora.miniature.head import ACTIONS, PARTS, HeadModel, load_head, vertex_normals
 from metalora.miniature.people import Person, Scene, person, scene, seeds
 from metalora.miniature.props import CENTRE, Prop
@@ -185,8 +186,13 @@ def _shadows(stage: Stage, palette: shade.Palette, position: Tensor, normal: Ten
     solid = stage.material != shade.GLASSES
     seen = look(stage.points, stage.owner)[stage.triangles[solid]]
     _, depth = rasterize(seen, stage.picture[solid], n, SHADOW_SIZE, torch.ones(len(seen), dtype=torch.bool, device=stage.device))
-    here = look(position + normal * 0.004, picture)
-    total = torch.zeros(len(position), device=stage.device)
+    return _reached(look(position + normal * 0.004, picture), depth, picture)
+
+
+@Fused
+def _reached(here: Tensor, depth: Tensor, picture: Tensor) -> Tensor:
+    """The share (m, 1) of nine places of the shadow map `depth` (n, y, x) around `here` (m, 3) at which nothing is nearer to the light."""
+    total = torch.zeros(len(here), device=here.device)
     for dx in (-1.2, 0.0, 1.2):
         for dy in (-1.2, 0.0, 1.2):
             x, y = ((here[:, k] + d).long().clamp(0, SHADOW_SIZE - 1) for k, d in ((0, dx), (1, dy)))
@@ -270,6 +276,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compiled", action="store_true", help="compile the renderer first: worth it from some hundred pictures on; takes a C++ compiler")
     given = parser.parse_args(arguments)
+    Fused.compiling = given.compiled
     torch.set_num_threads(given.threads)
     write_shards(given.output, seeds(given.people), given.scenes, given.size, given.device, first_scene=given.first_scene)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metalora.miniature import clothes
 from metalora.miniature.colour import linear, step
+from metalora.miniature.fused import Fused
 from metalora.miniature.head import MASKS
 from metalora.miniature.people import CLOTH_RGB, EYE_RGB, HAIR_RGB, LIGHTS, SKIN_TONES, Person, Scene
 from metalora.miniature.props import CENTRE
@@ -19,6 +20,8 @@ from metalora.miniature.props import CENTRE
 SKIN, EYE, TEETH, HAIR, HAT, GLASSES, LASH, CLOTH = range(8)
 EYE_RADIUS = 0.015
 LIP_COLOURS = ((170, 66, 70), (158, 60, 78), (184, 96, 86), (140, 48, 56))
+
+BEARDS = {None: (0.0, 0.0), "stubble": (0.35, 0.35), "moustache": (0.0, 0.9), "short": (0.75, 0.7), "full": (0.93, 0.93)}  # at the jaw, above the lip
 
 
 @dataclass
@@ -69,6 +72,10 @@ class Palette:
         self.second = self._colours(CLOTH_RGB[s.second_colour] for _, s in pairs)
         self.hat = self._colours(CLOTH_RGB[s.hat_colour] for _, s in pairs)
         self.frame = self._colours(((24, 22, 22), (92, 54, 30), (130, 24, 28))[(who.seed + s.seed) % 3] for who, s in pairs)
+        self.looks = self.numbers(lambda w, _: (w.blush, w.lips, w.freckles, max(0.0, (w.age - 0.78) * 5), *w.brow, w.sex == "woman"))
+        self.moles = self.numbers(lambda w, _: (*w.moles, (9.0, 9.0), (9.0, 9.0))[:2])
+        self.beard = self.numbers(lambda w, _: BEARDS[w.beard])
+        self.scalp = self.numbers(lambda _, s: {"bald": 0.0, "buzz-cut": 0.72}.get(s.hair, 0.95))
         read = lambda name: self.numbers(lambda w, s: getattr(LIGHTS[s.light], name))
         self.light_direction = torch.nn.functional.normalize(read("direction"), dim=1)
         self.light_colour, self.sky, self.ground, self.rim = read("key"), read("sky"), read("ground"), read("rim")
@@ -81,6 +88,7 @@ class Palette:
         return torch.tensor([read(who, s) for who, s in self.pairs], dtype=torch.float32, device=self.device)
 
 
+@Fused
 def skin(s: Surface, p: Palette) -> tuple[Tensor, Tensor]:
     """Albedo (m, 3) and gloss (m,) of skin, with all that grows on it and is worn on it."""
     of = lambda table: table[s.picture]
@@ -88,8 +96,7 @@ def skin(s: Surface, p: Palette) -> tuple[Tensor, Tensor]:
     across, front = x.abs(), step(-0.06, -0.10, y)
     base = of(p.skin)
     dark = base.mean(1, keepdim=True)
-    looks = of(p.numbers(lambda w, _: (w.blush, w.lips, w.freckles, max(0.0, (w.age - 0.78) * 5), *w.brow, w.sex == "woman")))
-    blush, lips, freckles, wrinkled, thick, arch, height, slant, woman = looks.unbind(1)
+    blush, lips, freckles, wrinkled, thick, arch, height, slant, woman = of(p.looks).unbind(1)
     cheek = torch.exp(-(((across - 0.043) / 0.018) ** 2 + ((z - 0.668) / 0.016) ** 2)) * front
     nose = torch.exp(-((x / 0.016) ** 2 + ((z - 0.662) / 0.014) ** 2)) * step(-0.13, -0.15, y)
     red = torch.tensor([0.22, -0.12, -0.10], device=x.device)
@@ -124,8 +131,7 @@ def _wrinkles(across, z, front):
 
 
 def _moles(colour, s, p, x, z, front):
-    for k in (0, 1):
-        spot = p.numbers(lambda w, _: w.moles[k] if len(w.moles) > k else (9.0, 9.0))[s.picture]
+    for spot in p.moles[s.picture].unbind(1):
         distance = ((x - spot[:, 0]) ** 2 + (z - spot[:, 1]) ** 2).sqrt()
         colour = colour * (1 - 0.75 * (step(0.0028, 0.0014, distance) * front)[:, None])
     return colour
@@ -141,9 +147,7 @@ def _brow(across, y, z, thick, arch, height, slant, x):
 
 
 def _beard(colour, s, p, across, y, z, mouth, ears):
-    amount = p.numbers(lambda w, _: {None: (0, 0), "stubble": (0.35, 0.35), "moustache": (0.0, 0.9), "short": (0.75, 0.7), "full": (0.93, 0.93)}[w.beard])[s.picture]
-    if not bool((amount > 0).any()):
-        return colour
+    amount = p.beard[s.picture]
     jaw = step(0.012, -0.006, z - (0.620 + 0.060 * step(0.028, 0.078, across))) * step(0.565, 0.590, z) * step(-0.015, -0.055, y)
     lip = torch.exp(-(((across - 0.010) / 0.017) ** 4 + ((z - 0.6415) / 0.0058) ** 4)) * step(-0.06, -0.10, y)
     grain = 0.75 + 0.5 * hashed((s.place * 500).floor() @ torch.tensor([12.9, 78.2, 37.7], device=z.device))
@@ -152,7 +156,7 @@ def _beard(colour, s, p, across, y, z, mouth, ears):
 
 
 def _scalp(colour, s, p, x, y, z, ears):
-    kind = p.numbers(lambda w, scene: {"bald": 0.0, "buzz-cut": 0.72}.get(scene.hair, 0.95))[s.picture]
+    kind = p.scalp[s.picture]
     degrees = torch.atan2(x, -(y + 0.02)).abs() * (180 / math.pi)
     knots = torch.tensor([0, 42, 58, 72, 84, 90, 112, 122, 140, 180.0], device=x.device)
     heights = torch.tensor([.766, .760, .748, .730, .700, .724, .727, .69, .65, .625], device=x.device)
@@ -292,6 +296,7 @@ def albedo(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor, tu
     return colour, gloss, glow
 
 
+@Fused
 def illuminate(s: Surface, p: Palette, colour: Tensor, gloss: Tensor, glow: Tensor) -> Tensor:
     """Linear light (m, 3) that reaches the camera: wrapped, reddened diffuse for skin, soft fill, gloss, rim."""
     soft = torch.where(s.material == SKIN, 1.0, 0.0)[:, None] + torch.where(s.material == HAIR, 0.35, 0.0)[:, None]
