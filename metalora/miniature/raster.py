@@ -18,6 +18,7 @@ _EMPTY = torch.iinfo(torch.int64).max
 _DEPTH_STEPS = 1_000_000  # per metre: a micrometre
 
 
+@Fused
 def _edges(points: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients of the barycentric weights of corners 0 and 1 as planes over the picture: (n, 2, 3), and the signed area."""
     (ax, ay), (bx, by), (cx, cy) = (points[:, k, :2].unbind(1) for k in range(3))
@@ -36,8 +37,7 @@ def rasterize(points: Tensor, picture: Tensor, pictures: int, size: int, two_sid
     none, and the depth in metres, infinite where there is none.
     """
     planes, area = _edges(points)
-    low = (points[..., :2].amin(1) - 0.5).ceil().clamp(min=0).long()
-    high = (points[..., :2].amax(1) - 0.5).floor().clamp(max=size - 1).long()
+    low, high = _bounds(points, size)
     seen = ((high >= low).all(1)) & (points[..., 2] > 0).all(1) & (two_sided | (area < 0)) & (area.abs() > 1e-9)
     keys = torch.full((pictures * size * size,), _EMPTY, dtype=torch.int64, device=points.device)
     for part in seen.nonzero()[:, 0].split(_AT_ONCE[points.device.type]):
@@ -51,6 +51,15 @@ def rasterize(points: Tensor, picture: Tensor, pictures: int, size: int, two_sid
     index = torch.where(empty, -1, keys & 0xFFFFFFFF).view(pictures, size, size)
     depth = torch.where(empty, torch.inf, (keys >> 32).float() / _DEPTH_STEPS).view(pictures, size, size)
     return index, depth
+
+
+@Fused
+def _bounds(points: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The first and last pixel of each triangle in x and y, (n, 2) each."""
+    x, y = points[..., 0], points[..., 1]
+    low = [torch.minimum(torch.minimum(a[:, 0], a[:, 1]), a[:, 2]) for a in (x, y)]
+    high = [torch.maximum(torch.maximum(a[:, 0], a[:, 1]), a[:, 2]) for a in (x, y)]
+    return (torch.stack(low, 1) - 0.5).ceil().clamp(min=0).long(), (torch.stack(high, 1) - 0.5).floor().clamp(max=size - 1).long()
 
 
 @Fused
@@ -110,9 +119,14 @@ def barycentric(points: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     size = index.shape[-1]
     flat = index.flatten()
     pixel = (flat >= 0).nonzero()[:, 0]
-    corners = points[flat[pixel]]
+    return pixel, _weights(points[flat[pixel]], pixel, size)
+
+
+@Fused
+def _weights(corners: Tensor, pixel: Tensor, size: int) -> Tensor:
+    """Perspective-correct weights (m, 3) of pixels in their triangles (m, 3, 3)."""
     planes, _ = _edges(corners)
     x, y = (pixel % size).float() + 0.5, (pixel // size % size).float() + 0.5
     first, second = (planes[:, k, 0] * x + planes[:, k, 1] * y + planes[:, k, 2] for k in (0, 1))
     weights = torch.stack([first, second, 1 - first - second], 1) / corners[..., 2]
-    return pixel, weights / weights.sum(1, keepdim=True)
+    return weights / weights.sum(1, keepdim=True)

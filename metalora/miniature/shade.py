@@ -232,6 +232,7 @@ def _front(top, cloth, second, x, y, z, edge):
     return cloth
 
 
+@Fused
 def eyes(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Albedo, normal and catch-light of eyeballs. centres: (pictures, 2, 3) left and right; gaze, up: (pictures, 3)."""
     left = (s.place[:, 0] > 0).long()
@@ -249,10 +250,11 @@ def eyes(s: Surface, p: Palette, centres: Tensor, gaze: Tensor, up: Tensor) -> t
     return colour, towards, shine[:, None] * 0.9 * p.light_colour[s.picture] * 0.6
 
 
+@Fused
 def hair(s: Surface, p: Palette, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Albedo, normal and direction of strands. A strand's normal is the head's, leant away from its own direction, so that hair
     is shaded as one body; turn: (pictures, 3, 3) rotates the template into the world."""
-    outward = s.place - torch.tensor(CENTRE, device=s.place.device, dtype=s.place.dtype)
+    outward = s.place - torch.as_tensor(CENTRE, device=s.place.device, dtype=s.place.dtype)
     outward = torch.cat([outward[:, :2], outward[:, 2:].clamp(min=-0.02)], 1)
     along, outward = (turned(turn[s.picture], v) for v in (s.masks[:, :3], outward))
     along, outward = (torch.nn.functional.normalize(v, dim=1) for v in (along, outward))
