@@ -22,7 +22,7 @@ from torch import Tensor
 from . import hub
 from .adapter import ThreeFactorLinear
 from .config import BaseSettings
-from .errors import MetaLoraError
+from .errors import MetaLoraError, compiling
 from .families import family_of, settings_of, unreadable
 from .family import Family, Latents, Text
 from .fold import Fold
@@ -161,11 +161,8 @@ class Base:
         """
         try:
             self.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, **how)
-            yield
-        except RuntimeError as error:
-            if "No working C++ compiler" in str(error):
-                raise MetaLoraError("To compile for a CPU takes a C++ compiler such as g++; install one, or leave compiled at false.") from error
-            raise
+            with compiling("leave compiled at false"):
+                yield
         finally:
             for module in self.transformer.modules():
                 module.__dict__.pop("_compiled_call_impl", None)  # as it came: what was compiled is looked at again where a module has one more attribute

@@ -1,4 +1,7 @@
-"""The two exceptions that the package raises on purpose."""
+"""The two exceptions that the package raises on purpose, and what makes one of a machine that cannot compile."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class MetaLoraError(Exception):
@@ -7,3 +10,14 @@ class MetaLoraError(Exception):
 
 class Cancelled(Exception):
     """Raise it in an ``on_step`` callback to stop a training; nothing half done is kept."""
+
+
+@contextmanager
+def compiling(otherwise: str) -> Iterator[None]:
+    """Around what ``torch.compile`` compiles: MetaLoraError where a CPU has no C++ compiler for it, with what to do ``otherwise``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "No working C++ compiler" in str(error):
+            raise MetaLoraError(f"To compile for a CPU takes a C++ compiler such as g++; install one, or {otherwise}.") from error
+        raise

@@ -5,8 +5,11 @@ from __future__ import annotations
 import metalora  # noqa: F401  before torch: it sets how threads wait
 import dataclasses
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -284,3 +287,11 @@ def test_the_render_command_writes_shards_and_goes_on_where_it_stopped(tmp_path:
     assert shards.records[0]["attributes"] == people.scene(people.person(24), 0).attributes
     training, validation = shards.split()
     assert training.persons.tolist() == [25] and validation.persons.tolist() == [24]
+
+
+def test_a_machine_without_a_compiler_is_told_to_leave_it(tmp_path: Path):
+    command = [sys.executable, "-m", "metalora.miniature", "render", "--output", str(tmp_path / "data"), "--people", "24:25", "--scenes", "1", "--size", "32", "--compiled"]
+    surroundings = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([*command, "--device", "cpu"], env=surroundings, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.endswith("install one, or leave out --compiled.\n")
+    assert not list((tmp_path / "data").iterdir())

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from metalora.errors import compiling
 from metalora.miniature import clothes, hair, headwear, shade, style
 from metalora.miniature.backdrop import backdrop
 from metalora.miniature.fused import Fused
@@ -280,4 +281,5 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     Fused.compiling = given.compiled
     torch.set_num_threads(given.threads)
-    write_shards(given.output, seeds(given.people), given.scenes, given.size, given.device, first_scene=given.first_scene)
+    with compiling("leave out --compiled"):
+        write_shards(given.output, seeds(given.people), given.scenes, given.size, given.device, first_scene=given.first_scene)
