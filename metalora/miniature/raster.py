@@ -56,10 +56,8 @@ def rasterize(points: Tensor, picture: Tensor, pictures: int, size: int, two_sid
 @Fused
 def _bounds(points: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The first and last pixel of each triangle in x and y, (n, 2) each."""
-    x, y = points[..., 0], points[..., 1]
-    low = [torch.minimum(torch.minimum(a[:, 0], a[:, 1]), a[:, 2]) for a in (x, y)]
-    high = [torch.maximum(torch.maximum(a[:, 0], a[:, 1]), a[:, 2]) for a in (x, y)]
-    return (torch.stack(low, 1) - 0.5).ceil().clamp(min=0).long(), (torch.stack(high, 1) - 0.5).floor().clamp(max=size - 1).long()
+    places = points[..., :2] - 0.5
+    return places.amin(1).ceil().clamp(min=0).long(), places.amax(1).floor().clamp(max=size - 1).long()
 
 
 @Fused

@@ -20,7 +20,6 @@ from metalora.miniature.props import CENTRE
 SKIN, EYE, TEETH, HAIR, HAT, GLASSES, LASH, CLOTH = range(8)
 EYE_RADIUS = 0.015
 LIP_COLOURS = ((170, 66, 70), (158, 60, 78), (184, 96, 86), (140, 48, 56))
-
 BEARDS = {None: (0.0, 0.0), "stubble": (0.35, 0.35), "moustache": (0.0, 0.9), "short": (0.75, 0.7), "full": (0.93, 0.93)}  # at the jaw, above the lip
 
 
