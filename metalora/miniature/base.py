@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5EncoderModel
 
+from metalora.errors import compiling
 from metalora.generate import seeded
 from metalora.miniature.captions import vocabulary
 from metalora.miniature.clip import trained_clip
@@ -374,7 +375,8 @@ def train_base(job: Job, distill: bool = False, compiled: bool = True) -> dict:
     trainer = Trainer(name, denoiser, folder, config, helper)
     watch = _watcher(denoiser, job, folder, lambda: validation_loss(denoiser, validation, unseen),
                      (1.0, 2.5) if distill else (1.0,))
-    result = trainer.run(task.loss, watch, task.draw)
+    with compiling("train on a machine with a GPU"):
+        result = trainer.run(task.loss, watch, task.draw)
     if trainer.is_first:
         watch(trainer)
     with torch.compiler.set_stance("force_eager"):
