@@ -194,10 +194,10 @@ def test_the_pictures_of_an_evaluation_are_read_method_by_method(tmp_path: Path)
         row = {"method": method, "domain": "woman", "prompt": "a photo of {person}, in a red cap"}
         rows = [row | {"picture": f"{method}/0.png"}, row | {"picture": None, "failed": "no face"}]
         (tmp_path / method / "someone.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
-    found = attribute_check.check_evaluation(Reader(RECORDS), tmp_path, SIZE)
+    found = attribute_check.check_evaluation(Reader(RECORDS), SIZE, tmp_path)
     assert {method: (each["hat"]["asked"], each["hat"]["found"]) for method, each in found.items()} == {"good": (1, 1.0), "bad": (1, 0.0)}
     with pytest.raises(MetaLoraError, match="no pictures of an evaluation"):
-        attribute_check.check_evaluation(Reader(RECORDS), tmp_path / "good", SIZE)
+        attribute_check.check_evaluation(Reader(RECORDS), SIZE, tmp_path / "good")
 
 
 def test_a_classifier_of_another_size_than_the_base_is_refused(tmp_path: Path, capsys, monkeypatch):

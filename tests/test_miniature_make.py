@@ -1,15 +1,19 @@
 """`make`: the whole miniature with one command, at toy size."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from metalora.errors import MetaLoraError
 from metalora.miniature import base, detector, make
 from metalora.miniature.__main__ import TRAININGS, main
 from metalora.miniature.assemble import read_parts
+from metalora.miniature.launch import wait
 from metalora.personalizer import Personalizer
 from tests.conftest import TINY
 
@@ -48,9 +52,9 @@ def test_shares_are_of_known_trainings_and_add_up():
 
 def test_a_step_that_fails_ends_the_command(tmp_path: Path):
     """Of the processes side by side the others are ended too, and nothing waits for them."""
-    failing, endless = (make.subprocess.Popen([make.sys.executable, "-c", code]) for code in ("raise SystemExit(3)", "import time; time.sleep(600)"))
-    with pytest.raises(make.MetaLoraError, match="give the same command again"):
-        make._wait([failing, endless])
+    failing, endless = (subprocess.Popen([sys.executable, "-c", code]) for code in ("raise SystemExit(3)", "import time; time.sleep(600)"))
+    with pytest.raises(MetaLoraError, match="give the same command again"):
+        wait([failing, endless])
     assert endless.wait(10) != 0
 
 

@@ -31,6 +31,7 @@ ELSEWHERE = {"make": "all that follows, one after another",
              "sheet": "a contact sheet of the portrait world",
              "world-check": "what is trained on photographs, tried on the portrait world",
              "attribute-check": "how much of what captions name is in the pictures that a base draws",
+             "measure": "the tables of learnt people and mugs, each with one command",
              "meta-down": "stage 1: learn the Meta-Down of a domain on the assembled base"}
 MINUTES = {"vae": 30, "vae-decoder": 30, "clip": 12, "base": 180, "attributes": 12, "face-detector": 8, "face-recogniser": 14, "likeness": 30}
 

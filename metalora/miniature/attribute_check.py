@@ -121,7 +121,13 @@ def _faces(base: Base, drawn: Sequence[Image.Image], true: Sequence[Image.Image]
     return {"found": len(ours) / len(drawn), "kernel_distance": kernel_distance(ours, theirs), "of_true_halves": kernel_distance(theirs[::2], theirs[1::2])}
 
 
-def check_evaluation(classifier: Classifier, folder: Path, size: int) -> dict[str, Check]:
+def trained_judge(work: Path) -> tuple[Classifier, int]:
+    """The classifier of a work folder, and the size in px of the pictures that it reads. MetaLoraError where its training has not finished."""
+    config = MiniatureConfig.of(read_figures(work / NAME)["model"])
+    return trained_classifier(Job(data=(), work=work, minutes=0.0, model=config)), config.size
+
+
+def check_evaluation(classifier: Classifier, size: int, folder: Path) -> dict[str, Check]:
     """Agreement of the pictures of every method of an evaluation."""
     found = {}
     for method in sorted({path.parent for path in folder.glob("*/*.jsonl")}):
@@ -160,15 +166,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help=f"a picture of the first {SHOWN} true renders, and below each what was drawn from its caption")
     given = parser.parse_args(arguments)
-    config = MiniatureConfig.of(read_figures(given.work / NAME)["model"])
-    classifier = trained_classifier(Job(data=(), work=given.work, minutes=0.0, model=config))
+    classifier, size = trained_judge(given.work)
     if given.evaluation:
-        found = check_evaluation(classifier, given.evaluation, config.size)
+        found = check_evaluation(classifier, size, given.evaluation)
         print("\n".join(_table(found)))
     else:
         base = Base.open(given.base)
-        if base.settings.resolution != config.size:
-            raise MetaLoraError(f"{given.base} draws at {base.settings.resolution} px and the classifier in {given.work} reads {config.size} px; "
+        if base.settings.resolution != size:
+            raise MetaLoraError(f"{given.base} draws at {base.settings.resolution} px and the classifier in {given.work} reads {size} px; "
                                 f"train one on pictures rendered with --size {base.settings.resolution}.")
         found, faces, sheet = check_base(classifier, base, given.pictures, given.guidance, given.seed)
         if given.sheet:

@@ -8,14 +8,13 @@ than one of many threads; a GPU trains in one.
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from metalora.errors import MetaLoraError
+from metalora.miniature.launch import side_by_side
 from metalora.miniature.people import seeds
 
 SHARES = {"vae": 0.10, "clip": 0.08, "attributes": 0.06, "base": 0.53, "base --distill-guidance": 0.10, "face-detector": 0.04, "face-recogniser": 0.09}
@@ -51,46 +50,30 @@ def rendering(given: argparse.Namespace) -> list[list[str]]:
 
 def make(given: argparse.Namespace, run: Run) -> None:
     """All the steps, in their order."""
-    _side_by_side(rendering(given), given, run)
+    _each(rendering(given), given, run)
     for name in SHARES:
         if not finished(name, given.work):
             print(f"make: {name}", file=sys.stderr, flush=True)
             _training(training(name, given), given, run)
     run(["assemble", "--work", str(given.work), "--output", str(given.output)])
-    _side_by_side([["meta-down", "--data", str(given.data), "--base", str(given.output / "miniature"), "--domain", domain, "--work", str(given.work / domain),
-                    "--output", str(given.output / "meta-down" / domain), "--config", json.dumps(given.meta)] for domain in DOMAINS], given, run)
+    _each([["meta-down", "--data", str(given.data), "--base", str(given.output / "miniature"), "--domain", domain, "--work", str(given.work / domain),
+            "--output", str(given.output / "meta-down" / domain), "--config", json.dumps(given.meta)] for domain in DOMAINS], given, run)
 
 
 def _training(arguments: list[str], given: argparse.Namespace, run: Run) -> None:
     if given.cores == 1 or given.device != "cpu":
         run(arguments)
     else:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(given.cores), "-m", "metalora.miniature"]
-        _wait([_start([*launcher, *arguments])])
+        side_by_side([["torch.distributed.run", "--standalone", "--nproc-per-node", str(given.cores), "-m", "metalora.miniature", *arguments]])
 
 
-def _side_by_side(commands: list[list[str]], given: argparse.Namespace, run: Run) -> None:
-    """Runs the commands, each in a process of one thread where there are several cores."""
+def _each(commands: list[list[str]], given: argparse.Namespace, run: Run) -> None:
+    """Runs the commands, at once where there are several cores."""
     if given.cores == 1:
         for command in commands:
             run(command)
     else:
-        _wait([_start(["metalora.miniature", *command]) for command in commands])
-
-
-def _start(module: list[str]) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", *module], env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def _wait(processes: list[subprocess.Popen]) -> None:
-    """Waits for all, and ends the rest when one fails or this process is stopped."""
-    try:
-        for process in processes:
-            if process.wait():
-                raise MetaLoraError("A step failed, as it says above; give the same command again when that is mended.")
-    finally:
-        for process in processes:
-            process.terminate()
+        side_by_side([["metalora.miniature", *command] for command in commands])
 
 
 def main(arguments: list[str]) -> None:

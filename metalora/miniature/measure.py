@@ -1,0 +1,155 @@
+"""`python -m metalora.miniature measure`: what `assets/evaluation` holds of learnt people and mugs, with one command.
+
+For every table it renders the dataset, has `metalora evaluate` compare the methods, in as many processes as there are cores, lets the
+judge of attributes read the pictures, and writes TABLE.json, with the sheet and the curves of a table that has them. The rows are
+printed as the documents have them. It can be killed and given again: what is done is left out.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metalora.errors import MetaLoraError
+from metalora.files import save_json, write_atomically
+from metalora.methods import Method
+from metalora.miniature.attribute_check import check_evaluation, trained_judge
+from metalora.miniature.launch import side_by_side
+from metalora.report import SETTINGS, TRUE_PHOTOS, contact_sheet, differences, folder_of, read_rows
+
+UNSEEN = "1000100:1000200"
+DATASETS = {"people": ("--people", UNSEEN), "others": ("--people", "1002000:1002024"), "mugs": ("--mugs", UNSEEN)} | {
+    photo: ("--people", UNSEEN, "--photo", photo) for photo in ("side", "glasses", "hat")}
+RANDOM = '{"direction_people": 0, "rounds": 1, "bucket_size": 2, "bucket_steps": 1, "warmup_steps": 1}'  # of the one round the one step leaves Down be
+SMALL, SMALLEST = "meta-lora:rank=2,meta_rank=8,learning_rate=4e-2", "meta-lora:rank=1,meta_rank=16,learning_rate=4e-2"
+LARGE = "lora-r16:learning_rate=5e-3"
+FEW = "0:120"  # people from whom a random Down learns nothing
+BAD = [f"--degrade={how}" for how in ("blur=2.5", "blur=5", "dark=0.5", "dark=0.8", "lowres=0.5", "lowres=0.8", "noise=0.05", "noise=0.1", "occlusion=0.15", "occlusion=0.3")]
+
+
+class Table(NamedTuple):
+    """One evaluation.
+
+    Args:
+        dataset: a key of DATASETS.
+        more: arguments of `evaluate` besides the methods.
+        sheet: methods of which a contact sheet is kept.
+        random: whether *Down* is random, as it is before stage 1.
+        beside: another table with the same people, with whose methods of the same names these are compared person by person.
+    """
+
+    dataset: str
+    methods: tuple[str, ...]
+    more: tuple[str, ...] = ()
+    sheet: tuple[str, ...] = ()
+    random: bool = False
+    beside: str = ""
+
+
+TABLES = {
+    "people": Table("people", ("base", "meta-lora@50", "meta-lora", *(f"meta-lora@{steps}" for steps in (100, 125, 208)), f"{SMALL}@125", f"{SMALL}@208",
+                               *(f"lora-r1@{steps}" for steps in (125, 208, 375, 625))), sheet=("base", "meta-lora")),
+    "asked": Table("others", tuple(f"meta-lora{told}@{steps}" for steps in (50, 80, 100) for told in ("", ":asked_draws=0"))),
+    "ranks": Table("people", ("meta-lora", "meta-lora@100", "meta-lora@125", "meta-lora:rank=16@100", "meta-lora:rank=16@125", f"{SMALLEST}@208",
+                              *(f"{LARGE}@{steps}" for steps in (125, 208, 375))), ("--limit", "24")),
+    "random": Table("people", ("meta-lora", "meta-lora@125"), ("--limit", "24"), random=True, beside="ranks"),
+    "bad": Table("people", ("meta-lora",), ("--limit", "8", *BAD)),
+    **{photo: Table(photo, ("meta-lora",), ("--limit", "8")) for photo in ("side", "glasses", "hat")},
+    "mugs": Table("mugs", ("base", "meta-lora@40", "meta-lora@80", "meta-lora@125", "meta-lora:start_mid=0,start_up=0@125", "lora-r1@375", f"{LARGE}@125", f"{LARGE}@375"),
+                  ("--limit", "24"), sheet=("base", "meta-lora@40")),
+    "peer": Table("people", ("base", "meta-lora", "dreambooth-r16:learning_rate=1e-3@500"), ("--limit", "24"))}
+USUAL = [name for name in TABLES if name != "peer"]  # whose script is fetched, and needs torchvision
+
+
+def measure(name: str, table: Table, work: Path, output: Path, judge: Path, cores: int) -> dict[str, Any]:
+    """Evaluates one table in work/`name` and writes output/`name`.json, which is returned: evaluate's summary, and in every method what the judge finds."""
+    evaluation, dataset = work / name, work / "data" / table.dataset
+    if not (dataset / "metadata.jsonl").exists():
+        side_by_side([["metalora.miniature", "dataset", "--output", str(dataset), *DATASETS[table.dataset]]])
+    methods = [part for method in table.methods for part in ("--method", method)]
+    downs = ["--meta-down", str(random_downs(work))] if table.random else []
+    side_by_side([["metalora", "evaluate", str(dataset), *methods, *table.more, *downs, "--output", str(evaluation)]] * cores)
+    measured = json.loads((evaluation / "summary.json").read_text())
+    if measured["subject"] == "face":
+        for method, found in check_evaluation(*trained_judge(judge), evaluation).items():
+            measured["methods"][method]["found"] = found
+    if table.beside:
+        measured[f"paired with {table.beside}"] = _compared(name, evaluation, table.beside, work / table.beside)
+    output.mkdir(parents=True, exist_ok=True)
+    if table.sheet:
+        shown = {method: read_rows(evaluation / folder_of(method)) for method in (*table.sheet, TRUE_PHOTOS)}
+        sheet = contact_sheet(evaluation, shown, measured["gallery"])
+        write_atomically(output / f"{name}-sheet.png", lambda beside: sheet.save(beside, format="PNG"))
+        if (evaluation / "curves.svg").exists():
+            shutil.copy(evaluation / "curves.svg", output / f"{name}.svg")
+    save_json(output / f"{name}.json", measured)
+    return measured
+
+
+def random_downs(work: Path) -> Path:
+    """A folder of Meta-Downs as they are before stage 1, made where it is not there."""
+    folder, data = work / "data" / "random", work / "data" / "few"
+    if not data.exists():
+        side_by_side([["metalora.miniature", "render", "--output", str(data), "--people", FEW, "--scenes", "1"]])
+    missing = [domain for domain in ("woman", "man") if not (folder / domain / "config.json").exists()]
+    side_by_side([["metalora.miniature", "meta-down", "--data", str(data), "--domain", domain, "--work", str(work / f"random-{domain}"),
+                   "--output", str(folder / domain), "--config", RANDOM] for domain in missing])
+    return folder
+
+
+def _compared(name: str, evaluation: Path, other: str, beside: Path) -> list[dict[str, Any]]:
+    """The methods of `evaluation` less those of the same names in `beside`."""
+    pairs = []
+    for path in sorted(evaluation.glob(f"*/{SETTINGS}")):
+        rows, others = (read_rows(folder / path.parent.name) for folder in (evaluation, beside))
+        if path.parent.name != TRUE_PHOTOS and others:
+            pairs += differences({f"{path.parent.name}, {name}": rows, f"{path.parent.name}, {other}": others})
+    if not pairs:
+        raise MetaLoraError(f"{name} is compared with {other}; measure that first, in the same work folder.")
+    return pairs
+
+
+def rows(measured: dict[str, Any]) -> Iterator[str]:
+    """The methods as rows of a table in Markdown."""
+    yield "| | identified | R-FaceSim | copying | CLIP-T | asked for, found | an expression | numbers learnt |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, scores in measured["methods"].items():
+        found = scores.get("found", {})
+        identified = "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * scores["identification"][part] for part in ("mean", "low", "high")))
+        cells = [words(name, scores.get("steps")), identified, _mean(scores["r_facesim"], "{:.3f}"), _mean(scores["copying"], "{:.2f}"), _mean(scores["clip_t"], "{:.3f}"),
+                 *("{:.0%}".format(found[head]["found"]).replace("%", " %") if head in found else "–" for head in ("all", "expression")),
+                 f"{scores['parameters']:,}" if scores["parameters"] else "–"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _mean(score: dict[str, float | None], form: str) -> str:
+    return "–" if score["mean"] is None else form.format(score["mean"])
+
+
+def words(method: str, steps: int | None) -> str:
+    """A method's name as the documents have it."""
+    if method == TRUE_PHOTOS:
+        return "other true pictures"
+    named = Method.parse(method)
+    kind = {"base": "the base without the person", "meta-lora": "Meta-LoRA", "lora": f"LoRA of rank {named.rank}"}.get(named.kind, "diffusers' script")
+    settings = [f"{key} {value}" for key, value in named.settings.items() if key != "learning_rate"]
+    return ", ".join([kind, *settings, *([f"{steps} steps"] if steps else []), *([str(named.degrade)] if named.degrade else [])])
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m metalora.miniature measure`: see --help."""
+    parser = argparse.ArgumentParser(prog="python -m metalora.miniature measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", default=USUAL, choices=[*TABLES, USUAL], help=f"{', '.join(TABLES)} (without a name all but peer)")
+    parser.add_argument("--work", type=Path, required=True, help="folder for pictures and rows, which are taken up again")
+    parser.add_argument("--output", type=Path, default=Path("assets/evaluation"))
+    parser.add_argument("--judge", type=Path, default=Path("assets/training"), help="work folder of the judge of attributes (%(default)s)")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="to use (%(default)s)")
+    given = parser.parse_args(arguments)
+    for name in given.tables:
+        print(f"measure: {name}", file=sys.stderr, flush=True)
+        measured = measure(name, TABLES[name], given.work, given.output, given.judge, given.cores)
+        print(f"\n{name}\n\n" + "\n".join(rows(measured)), flush=True)

@@ -1,0 +1,54 @@
+"""`measure`: the tables of the documents, at toy size, on the miniature itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from metalora.errors import MetaLoraError
+from metalora.methods import Method
+from metalora.miniature import measure
+from metalora.miniature.__main__ import main
+
+TABLES = {"some": measure.Table("people", ("base", "meta-lora@2"), ("--limit", "1"), sheet=("base", "meta-lora@2")),
+          "chance": measure.Table("people", ("meta-lora@2",), ("--limit", "1"), random=True, beside="some")}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(measure.DATASETS, "people", ("--people", "1000100:1000102"))
+    monkeypatch.setattr(measure, "FEW", "0:54")
+    for name, table in TABLES.items():
+        monkeypatch.setitem(measure.TABLES, name, table)
+
+
+def test_tables_are_measured_once_with_what_the_judge_finds(tmp_path: Path, small, capsys):
+    work, output = tmp_path / "work", tmp_path / "figures"
+    command = ["measure", "some", "chance", "--work", str(work), "--output", str(output), "--cores", "1"]
+    assert main(command) == 0
+    some, chance = (json.loads((output / f"{name}.json").read_text()) for name in TABLES)
+    assert set(some["methods"]) == {"base", "meta-lora@2", "true-photos"}
+    assert 0 <= some["methods"]["meta-lora@2"]["found"]["all"]["found"] <= 1 and (output / "some-sheet.png").exists()
+    assert [(pair["method"], pair["less"], pair["people"]) for pair in chance["paired with some"]] == [("meta-lora@2, chance", "meta-lora@2, some", 1)]
+    assert chance["methods"]["meta-lora@2"]["similarity"] != some["methods"]["meta-lora@2"]["similarity"]  # it was another Down
+    printed = capsys.readouterr().out
+    assert "| Meta-LoRA, 2 steps |" in printed and "| other true pictures |" in printed
+    before = {path: path.stat().st_mtime_ns for path in work.glob("*/*/*.jsonl")}
+    assert before and main([*command[:2], *command[3:]]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in work.glob("*/*/*.jsonl")}
+
+
+def test_a_table_beside_another_wants_that_one_first(tmp_path: Path):
+    folder = tmp_path / "chance" / "meta-lora"
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text("{}")
+    with pytest.raises(MetaLoraError, match="measure that first"):
+        measure._compared("chance", tmp_path / "chance", "some", tmp_path / "some")
+
+
+@pytest.mark.parametrize("name", measure.TABLES)
+def test_every_table_names_methods_and_a_dataset_that_there_are(name: str):
+    table = measure.TABLES[name]
+    assert table.dataset in measure.DATASETS and {*table.sheet} <= {*table.methods}
+    assert [measure.words(method, Method.parse(method).steps) for method in table.methods]
+    assert not table.beside or {*table.methods} <= {*measure.TABLES[table.beside].methods}
