@@ -473,20 +473,30 @@ def test_assets_come_apart_as_what_they_were_made_of(assets: Path, work: Path, t
     assert sorted(names) == sorted(path.name for path in work.iterdir() if path.is_dir())
     for name in names:
         assert (tmp_path / "again" / name / "result.json").read_text() == (work / name / "result.json").read_text()
-    for name in ("vae", "clip", "base"):
+    for name in ("vae", "clip", "base", "face-detector", "face-recogniser"):
         mine, theirs = (load_file(folder / name / "model.safetensors") for folder in (tmp_path / "again", work))
-        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k].half().float()) for k in mine)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k].float(), theirs[k].half().float()) for k in mine)
     sizes = assembly.assemble(tmp_path / "again", tmp_path / "assets")
     assert sizes["all"] == pytest.approx(sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) / 1e6, abs=0.01)
     with pytest.raises(MetaLoraError, match="has a training .* already; choose another folder"):
         assembly.disassemble(assets, tmp_path / "again")
 
 
+def test_the_recogniser_goes_on_from_the_assets(assets: Path, work: Path, data: Path, tmp_path: Path):
+    """With other people than it learnt to name: their directions are no part of it."""
+    assembly.disassemble(assets, tmp_path / "again")
+    job = Job(data=(data,), work=tmp_path / "again", minutes=1, steps=1, batch_size=4, learning_rate=0.0, model=TOY)
+    figures = recogniser.train_recogniser(job)
+    before, after = (load_file(folder / "face-recogniser" / "model.safetensors") for folder in (work, tmp_path / "again"))
+    assert figures["earlier"]["samples"] == 8
+    assert all(torch.allclose(after[name], before[name], atol=1e-3) for name in before if "running" not in name and "num_batches" not in name)
+
+
 def test_a_trained_likeness_is_an_asset_more(work: Path, tmp_path: Path):
     folder = shutil.copytree(work, tmp_path / "work")
     write_result(folder / "likeness", dino := build_dino(SIZE), json.loads((work / "clip" / "result.json").read_text()))
     sizes = assembly.assemble(folder, tmp_path / "assets")
-    assert {"miniature", "clip", "face", "dino", "all"} == set(sizes) == {path.name for path in (tmp_path / "assets").iterdir()} | {"all"}
+    assert {"miniature", "clip", "face", "dino", "training", "all"} == set(sizes) == {path.name for path in (tmp_path / "assets").iterdir()} | {"all"}
     assert Dino(tmp_path / "assets" / "dino").images([Image.new("RGB", (90, 60), "red")]).shape == (1, 128)
     assert "likeness" in assembly.disassemble(tmp_path / "assets", tmp_path / "again")
     again = load_file(tmp_path / "again" / "likeness" / "model.safetensors")
@@ -558,7 +568,7 @@ def test_assembling_again_gives_the_same_files_and_leaves_nothing_beside(assets:
     before = files()
     sizes = assembly.assemble(work, assets)
     assert files() == before
-    assert {path.name for path in assets.iterdir()} == {"miniature", "clip", "face"}
+    assert {path.name for path in assets.iterdir()} == {"miniature", "clip", "face", "training"}
     assert sizes["all"] == pytest.approx(sum(map(len, before.values())) / 1e6, abs=0.01)
 
 
@@ -586,7 +596,7 @@ def test_what_cannot_be_assembled_is_refused_and_nothing_is_left(assets: Path, w
     with pytest.raises(MetaLoraError, match="train smaller parts"):
         assembly.assemble(work, assets)
     assert (assets / "miniature" / "README.md").stat().st_mtime_ns == before
-    assert {path.name for path in assets.iterdir()} == {"miniature", "clip", "face"}
+    assert {path.name for path in assets.iterdir()} == {"miniature", "clip", "face", "training"}
 
 
 def test_parts_of_different_sizes_are_refused(work: Path, tmp_path: Path):

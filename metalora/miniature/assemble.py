@@ -2,7 +2,8 @@
 
 miniature/ is an ordinary FluxPipeline folder in float16 with metalora.json; clip/ an ordinary CLIPModel folder whose text
 tower is the pipeline's; face/ a pack that InsightFace's FaceAnalysis opens; dino/, where likeness was trained, a Dinov2Model
-folder. Each has a model card made from the figures of its trainings. Run it again when a part has been trained anew; a
+folder; training/ a work folder of what the app does not need, to be trained further, and the judge of attributes. Each has a
+model card made from the figures of its trainings. Run it again when a part has been trained anew; a
 Meta-Down learnt on older weights of the base is then refused by name, so learn it afresh.
 """
 
@@ -16,10 +17,12 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
+from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPModel, Dinov2Model
 
 from metalora.errors import MetaLoraError
+from metalora.miniature.attributes import NAME as ATTRIBUTES
 from metalora.miniature.base import Denoiser, trained_base
 from metalora.miniature.captions import TRIGGER, asked_phrases, caption_phrases, prompt_phrases, thing_phrases, vocabulary
 from metalora.miniature.clip import build_processor, trained_clip
@@ -31,6 +34,7 @@ from metalora.miniature.pipeline import MiniatureConfig, clip_tokenizer, make_re
 from metalora.miniature.training import Job, read_figures, write_result
 from metalora.miniature.vae import DECODER
 
+KEPT = (ATTRIBUTES, "face-detector", "face-recogniser")  # trainings whose weights are in no other asset, or as ONNX alone
 MOST_MEGABYTES = 60.0  # of all assets together, so that the project stays a quick download
 GUIDANCE = 3.5  # that a base which has learnt guidance is used with
 # What metalora.json says of this base beyond `write_settings`; found by trial on people of the training.
@@ -73,7 +77,7 @@ def read_parts(work: Path) -> Parts:
     Raises:
         MetaLoraError: some have not finished, or were trained at other sizes than the rest.
     """
-    more = [name for name in (DECODER, "base-guided", LIKENESS) if (work / name / "result.json").exists()]
+    more = [name for name in (DECODER, "base-guided", LIKENESS, ATTRIBUTES) if (work / name / "result.json").exists()]
     needed = ["vae", "clip", "base", *more, "face-detector", "face-recogniser"]
     missing = [name for name in needed if not (work / name / "result.json").exists()]
     if missing:
@@ -124,8 +128,21 @@ def write_dino(parts: Parts, folder: Path) -> None:
     _describe(folder, DINO_CARD, parts.pick(LIKENESS), size=parts.config.size)
 
 
+def write_training(parts: Parts, folder: Path) -> None:
+    """What is KEPT as far as its weights are there, in float16, with its figures, and the card."""
+    kept = {name: parts.figures[name] for name in _kept(parts)}
+    for name, figures in kept.items():
+        weights = load_file(parts.work / name / "model.safetensors")
+        write_result(folder / name, {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}, figures)
+    _describe(folder, TRAINING_CARD, kept)
+
+
+def _kept(parts: Parts) -> list[str]:
+    return [name for name in KEPT if name in parts.figures and (parts.work / name / "model.safetensors").exists()]
+
+
 def assemble(work: Path, output: Path) -> dict[str, float]:
-    """Writes output/miniature, output/clip, output/face and, where likeness was trained, output/dino; all are whole before the first replaces its elder.
+    """Writes output/miniature, clip, face and training, and, where likeness was trained, dino; all are whole before the first replaces its elder.
 
     Returns:
         Megabytes of each, and of all assets.
@@ -137,6 +154,8 @@ def assemble(work: Path, output: Path) -> dict[str, float]:
     writers: dict[str, Callable[[Parts, Path], None]] = {"miniature": write_miniature, "clip": write_clip, "face": write_face}
     if LIKENESS in parts.figures:
         writers["dino"] = write_dino
+    if _kept(parts):
+        writers["training"] = write_training
     beside = output / f".assembling-{os.getpid()}"
     try:
         for name, write in writers.items():
@@ -158,7 +177,7 @@ def disassemble(assets: Path, work: Path) -> list[str]:
     """The way back: writes the trainings that `assets` were made of into a work folder, weights and figures.
 
     A training that finds its own result there, but no checkpoint, goes on from those weights, so that what was published can
-    be trained further by whoever has nothing else. Of the faces' pack only the ONNX files come back.
+    be trained further by whoever has nothing else.
 
     Returns:
         The names of the trainings.
@@ -166,23 +185,26 @@ def disassemble(assets: Path, work: Path) -> list[str]:
     Raises:
         MetaLoraError: one of them is there already.
     """
-    figures: dict[str, dict[str, Any]] = {}
-    for name in ("face", "clip", "miniature", *(["dino"] if (Path(assets) / "dino").exists() else [])):
-        figures |= json.loads((Path(assets) / name / "training.json").read_text())
-    taken = [name for name in figures if (Path(work) / name).exists()]
+    assets, work, figures = Path(assets), Path(work), {}
+    for folder in ("face", "clip", "miniature", "dino", "training"):
+        if (assets / folder / "training.json").exists():
+            figures |= json.loads((assets / folder / "training.json").read_text())
+    taken = [name for name in figures if (work / name).exists()]
     if taken:
         raise MetaLoraError(f"{work} has a training {taken[0]} already; choose another folder.")
-    pipeline = FluxPipeline.from_pretrained(Path(assets) / "miniature", dtype=torch.float32)
+    pipeline = FluxPipeline.from_pretrained(assets / "miniature", dtype=torch.float32)
     base = Denoiser(pipeline, 0)
-    clip = CLIPModel.from_pretrained(Path(assets) / "clip", dtype=torch.float32)
-    weights: dict[str, nn.Module] = {"vae": pipeline.vae, DECODER: pipeline.vae, "clip": clip, "base": base, "base-guided": base}
+    clip = CLIPModel.from_pretrained(assets / "clip", dtype=torch.float32)
+    weights: dict[str, nn.Module | dict[str, torch.Tensor]] = {"vae": pipeline.vae, DECODER: pipeline.vae, "clip": clip, "base": base, "base-guided": base}
     if LIKENESS in figures:
-        weights[LIKENESS] = Dinov2Model.from_pretrained(Path(assets) / "dino", dtype=torch.float32)
+        weights[LIKENESS] = Dinov2Model.from_pretrained(assets / "dino", dtype=torch.float32)
     onnx = {"face-detector": DETECTOR_FILE, "face-recogniser": RECOGNISER_FILE}
     for name, each in figures.items():
-        write_result(Path(work) / name, weights.get(name), each)
+        if (kept := assets / "training" / name / "model.safetensors").exists():
+            weights[name] = {key: value.float() if value.is_floating_point() else value for key, value in load_file(kept).items()}
+        write_result(work / name, weights.get(name), each)
         if name in onnx:
-            shutil.copyfile(Path(assets) / "face" / onnx[name], Path(work) / name / onnx[name])
+            shutil.copyfile(assets / "face" / onnx[name], work / name / onnx[name])
     return list(figures)
 
 
@@ -301,3 +323,16 @@ It was trained on pairs of pictures that are known to show one thing, not by sel
 `transformers.AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained` open this folder.
 
 """ + _from("Pictures of things that our own renderer draws: no photograph.", "things that are")
+
+TRAINING_CARD = """---
+license: apache-2.0
+tags: [miniature, synthetic]
+---
+
+# What the app does not need
+
+Weights in float16 and figures of trainings of the miniature, as a work folder of `python -m metalora.miniature` has them: the judge of
+attributes (`attribute-check --work assets/training`), and detector and recogniser as PyTorch has them, to be trained further; the app has
+their ONNX files in `assets/face`.
+
+""" + _FROM

@@ -65,19 +65,16 @@ class Recogniser(nn.Module):
         return self.embed(F.avg_pool2d(crops, 2))
 
 
-class Naming(nn.Module):
-    """The recogniser and, for training only, a direction for each of the people."""
+class Names(nn.Module):
+    """For training only: a direction for each of the people, which the embeddings of their crops are to take."""
 
     def __init__(self, people: int):
         super().__init__()
-        self.recogniser = Recogniser()
         self.directions = nn.Parameter(torch.randn(people, DIMENSIONS) * 0.05)
 
-    def loss(self, halves: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
-        """CosFace: the right person's cosine must lead by `margin`. Cosines in float32."""
-        with products(halves.device):
-            embeddings = self.recogniser.embed(halves)
-        cosines = F.normalize(embeddings.float()) @ F.normalize(self.directions).T  # (n, people)
+    def loss(self, embeddings: torch.Tensor, labels: torch.Tensor, margin: float) -> torch.Tensor:
+        """CosFace: the right person's cosine must lead by `margin`. embeddings: (n, 512) float32, labels: (n,)."""
+        cosines = F.normalize(embeddings) @ F.normalize(self.directions).T  # (n, people)
         return F.cross_entropy(SCALE * (cosines - margin * F.one_hot(labels, len(self.directions))), labels)
 
 
@@ -113,7 +110,8 @@ def aligned(images: torch.Tensor, keypoints: torch.Tensor, step: int = 1) -> tor
 class NamingTask:
     """Random crops of random people, disturbed, to be named."""
 
-    naming: Naming
+    recogniser: Recogniser
+    names: Names
     shards: Shards
     batch_size: int
 
@@ -123,7 +121,7 @@ class NamingTask:
 
     def crops(self, chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Half-size crops (batch, 3, 56, 56) of the pictures `chosen`, as a detector that errs would have them cut, on the model's device."""
-        device = self.naming.directions.device
+        device = self.names.directions.device
         points = self.keypoints[chosen]
         eyes = (points[:, 1] - points[:, 0]).norm(dim=1).view(-1, 1, 1)
         slip = SLIP * torch.rand(len(chosen), 1, 1, generator=generator) * torch.randn(points.shape, generator=generator)
@@ -136,10 +134,13 @@ class NamingTask:
     def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Crops and whose they are."""
         chosen = torch.randint(len(self.shards), (self.batch_size,), generator=generator)
-        return self.crops(chosen, generator), send(self.labels[chosen], self.naming.directions.device)
+        return self.crops(chosen, generator), send(self.labels[chosen], self.names.directions.device)
 
     def loss(self, drawn: tuple[torch.Tensor, torch.Tensor], progress: float) -> torch.Tensor:
-        return self.naming.loss(*drawn, MARGIN * min(1.0, progress / MARGIN_FROM))
+        halves, labels = drawn
+        with products(halves.device):
+            embeddings = self.recogniser.embed(halves)
+        return self.names.loss(embeddings.float(), labels, MARGIN * min(1.0, progress / MARGIN_FROM))
 
 
 def export_recogniser(recogniser: Recogniser, folder: Path) -> None:
@@ -175,14 +176,14 @@ def train_recogniser(job: Job) -> dict:
     """
     training, validation = load_shards(*job.data).split()
     torch.manual_seed(job.seed)
-    naming, folder = Naming(len(training.persons.unique())).to(job.device), job.work / "face-recogniser"
+    recogniser, names = Recogniser().to(job.device), Names(len(training.persons.unique())).to(job.device)
+    folder = job.work / "face-recogniser"
     config = job.training(learning_rate=4e-3, batch_size=64, weight_decay=0.05, ema=0.995, clip_norm=5.0)
-    task = NamingTask(naming, training, config.batch_size)
-    trainer = Trainer("face-recogniser", naming, folder, config)
+    task = NamingTask(recogniser, names, training, config.batch_size)
+    trainer = Trainer("face-recogniser", recogniser, folder, config, helper=names)
     result = trainer.run(lambda drawn: task.loss(drawn, trainer.progress), draw=task.draw)
-    recogniser = naming.recogniser.eval().cpu()
-    export_recogniser(recogniser, folder)
-    figures = job.figures(result, config) | {"people": len(naming.directions), "pictures": len(training)}
+    export_recogniser(recogniser.eval().cpu(), folder)
+    figures = job.figures(result, config) | {"people": len(names.directions), "pictures": len(training)}
     figures["unseen_people"] = check_recogniser(folder, validation)
     detector = job.work / "face-detector" / DETECTOR_FILE
     if detector.exists():
