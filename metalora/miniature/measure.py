@@ -38,6 +38,7 @@ class Table(NamedTuple):
         dataset: a key of DATASETS.
         more: arguments of `evaluate` besides the methods.
         sheet: methods of which a contact sheet is kept.
+        curves: whether each score over the steps is kept.
         random: whether *Down* is random, as it is before stage 1.
         beside: another table with the same people, with whose methods of the same names these are compared person by person.
     """
@@ -46,17 +47,19 @@ class Table(NamedTuple):
     methods: tuple[str, ...]
     more: tuple[str, ...] = ()
     sheet: tuple[str, ...] = ()
+    curves: bool = False
     random: bool = False
     beside: str = ""
 
 
+OURS = ("meta-lora@50", "meta-lora", "meta-lora@100", "meta-lora@125", "meta-lora@208")
 TABLES = {
-    "people": Table("people", ("base", "meta-lora@50", "meta-lora", *(f"meta-lora@{steps}" for steps in (100, 125, 208)), f"{SMALL}@125", f"{SMALL}@208",
-                               *(f"lora-r1@{steps}" for steps in (125, 208, 375, 625))), sheet=("base", "meta-lora")),
+    "people": Table("people", ("base", *OURS), sheet=("base", "meta-lora")),
+    "rank-1": Table("people", (*OURS, f"{SMALL}@125", f"{SMALL}@208", f"{SMALLEST}@208", *(f"lora-r1@{steps}" for steps in (125, 208, 375, 625))),
+                    ("--limit", "50"), curves=True),
     "asked": Table("others", tuple(f"meta-lora{told}@{steps}" for steps in (50, 80, 100) for told in ("", ":asked_draws=0"))),
-    "ranks": Table("people", ("meta-lora", "meta-lora@100", "meta-lora@125", "meta-lora:rank=16@100", "meta-lora:rank=16@125", f"{SMALLEST}@208",
-                              *(f"{LARGE}@{steps}" for steps in (125, 208, 375))), ("--limit", "24")),
-    "random": Table("people", ("meta-lora", "meta-lora@125"), ("--limit", "24"), random=True, beside="ranks"),
+    "rank-16": Table("people", (*OURS[1:4], "meta-lora:rank=16@100", "meta-lora:rank=16@125", *(f"{LARGE}@{steps}" for steps in (125, 208, 375))), ("--limit", "24")),
+    "random": Table("people", ("meta-lora", "meta-lora@125"), ("--limit", "24"), random=True, beside="rank-16"),
     "bad": Table("people", ("meta-lora",), ("--limit", "8", *BAD)),
     **{photo: Table(photo, ("meta-lora",), ("--limit", "8")) for photo in ("side", "glasses", "hat")},
     "mugs": Table("mugs", ("base", "meta-lora@40", "meta-lora@80", "meta-lora@125", "meta-lora:start_mid=0,start_up=0@125", "lora-r1@375", f"{LARGE}@125", f"{LARGE}@375"),
@@ -84,8 +87,8 @@ def measure(name: str, table: Table, work: Path, output: Path, judge: Path, core
         shown = {method: read_rows(evaluation / folder_of(method)) for method in (*table.sheet, TRUE_PHOTOS)}
         sheet = contact_sheet(evaluation, shown, measured["gallery"])
         write_atomically(output / f"{name}-sheet.png", lambda beside: sheet.save(beside, format="PNG"))
-        if (evaluation / "curves.svg").exists():
-            shutil.copy(evaluation / "curves.svg", output / f"{name}.svg")
+    if table.curves:
+        shutil.copyfile(evaluation / "curves.svg", output / f"{name}.svg")
     save_json(output / f"{name}.json", measured)
     return measured
 
