@@ -17,7 +17,6 @@ TABLES = {"some": measure.Table("people", ("base", "meta-lora@1", "meta-lora@2")
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measure.DATASETS, "people", ("--people", "1000100:1000102"))
-    monkeypatch.setattr(measure, "FEW", "0:54")
     for name, table in TABLES.items():
         monkeypatch.setitem(measure.TABLES, name, table)
 
