@@ -34,6 +34,11 @@ def test_tables_are_measured_with_what_the_judge_finds(tmp_path: Path, small, ca
     assert "| Meta-LoRA, 2 steps |" in printed and "| other true pictures |" in printed
 
 
+def test_a_table_that_there_is_not_is_refused_before_anything_is_measured(tmp_path: Path, capsys):
+    assert main(["measure", "people", "none", "--work", str(tmp_path / "work"), "--output", str(tmp_path / "figures")]) == 2
+    assert "There is no table none; known are people, " in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_a_table_beside_another_wants_that_one_first(tmp_path: Path):
     folder = tmp_path / "chance" / "meta-lora"
     folder.mkdir(parents=True)

@@ -96,11 +96,11 @@ def measure(name: str, table: Table, work: Path, output: Path, judge: Path, core
 def random_downs(work: Path) -> Path:
     """A folder of Meta-Downs as they are before stage 1, made where it is not there."""
     folder, data = work / "data" / "random", work / "data" / "few"
-    if not data.exists():
-        side_by_side([["metalora.miniature", "render", "--output", str(data), "--people", FEW, "--scenes", "1"]])
     missing = [domain for domain in ("woman", "man") if not (folder / domain / "config.json").exists()]
-    side_by_side([["metalora.miniature", "meta-down", "--data", str(data), "--domain", domain, "--work", str(work / f"random-{domain}"),
-                   "--output", str(folder / domain), "--config", RANDOM] for domain in missing])
+    if missing:
+        side_by_side([["metalora.miniature", "render", "--output", str(data), "--people", FEW, "--scenes", "1"]])
+        side_by_side([["metalora.miniature", "meta-down", "--data", str(data), "--domain", domain, "--work", str(work / f"random-{domain}"),
+                       "--output", str(folder / domain), "--config", RANDOM] for domain in missing])
     return folder
 
 
@@ -146,12 +146,15 @@ def words(method: str, steps: int | None) -> str:
 def main(arguments: list[str]) -> None:
     """`python -m metalora.miniature measure`: see --help."""
     parser = argparse.ArgumentParser(prog="python -m metalora.miniature measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", default=USUAL, choices=[*TABLES, USUAL], help=f"{', '.join(TABLES)} (without a name all but peer)")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", default=USUAL, help=f"{', '.join(TABLES)} (without a name all but peer)")
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures and rows, which are taken up again")
     parser.add_argument("--output", type=Path, default=Path("assets/evaluation"))
     parser.add_argument("--judge", type=Path, default=Path("assets/training"), help="work folder of the judge of attributes (%(default)s)")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="to use (%(default)s)")
     given = parser.parse_args(arguments)
+    for name in given.tables:
+        if name not in TABLES:
+            raise MetaLoraError(f"There is no table {name}; known are {', '.join(TABLES)}.")
     for name in given.tables:
         print(f"measure: {name}", file=sys.stderr, flush=True)
         measured = measure(name, TABLES[name], given.work, given.output, given.judge, given.cores)
