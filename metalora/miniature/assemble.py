@@ -201,7 +201,7 @@ def disassemble(assets: Path, work: Path) -> list[str]:
     onnx = {"face-detector": DETECTOR_FILE, "face-recogniser": RECOGNISER_FILE}
     for name, each in figures.items():
         if (kept := assets / "training" / name / "model.safetensors").exists():
-            weights[name] = {key: value.float() if value.is_floating_point() else value for key, value in load_file(kept).items()}
+            weights[name] = load_file(kept)
         write_result(work / name, weights.get(name), each)
         if name in onnx:
             shutil.copyfile(assets / "face" / onnx[name], work / name / onnx[name])

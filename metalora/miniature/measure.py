@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metalora.config import FACE
 from metalora.errors import MetaLoraError
 from metalora.files import save_json, write_atomically
 from metalora.methods import Method
 from metalora.miniature.attribute_check import check_evaluation, trained_judge
+from metalora.miniature.attributes import Classifier
 from metalora.miniature.launch import side_by_side
+from metalora.miniature.make import DOMAINS
 from metalora.report import SETTINGS, TRUE_PHOTOS, contact_sheet, differences, folder_of, read_rows
 
 UNSEEN = "1000100:1000200"
@@ -68,8 +71,11 @@ TABLES = {
 USUAL = [name for name in TABLES if name != "peer"]  # whose script is fetched, and needs torchvision
 
 
-def measure(name: str, table: Table, work: Path, output: Path, judge: Path, cores: int) -> dict[str, Any]:
-    """Evaluates one table in work/`name` and writes output/`name`.json, which is returned: evaluate's summary, and in every method what the judge finds."""
+def measure(name: str, table: Table, work: Path, output: Path, judge: tuple[Classifier, int], cores: int) -> dict[str, Any]:
+    """Evaluates one table in work/`name` and writes output/`name`.json, which is returned: evaluate's summary, and in every method what the judge finds.
+
+    judge: as `trained_judge` gives it.
+    """
     evaluation, dataset = work / name, work / "data" / table.dataset
     if not (dataset / "metadata.jsonl").exists():
         side_by_side([["metalora.miniature", "dataset", "--output", str(dataset), *DATASETS[table.dataset]]])
@@ -77,8 +83,8 @@ def measure(name: str, table: Table, work: Path, output: Path, judge: Path, core
     downs = ["--meta-down", str(random_downs(work))] if table.random else []
     side_by_side([["metalora", "evaluate", str(dataset), *methods, *table.more, *downs, "--output", str(evaluation)]] * cores)
     measured = json.loads((evaluation / "summary.json").read_text())
-    if measured["subject"] == "face":
-        for method, found in check_evaluation(*trained_judge(judge), evaluation).items():
+    if measured["subject"] == FACE:
+        for method, found in check_evaluation(*judge, evaluation).items():
             measured["methods"][method]["found"] = found
     if table.beside:
         measured[f"paired with {table.beside}"] = _compared(name, evaluation, table.beside, work / table.beside)
@@ -96,7 +102,7 @@ def measure(name: str, table: Table, work: Path, output: Path, judge: Path, core
 def random_downs(work: Path) -> Path:
     """A folder of Meta-Downs as they are before stage 1, made where it is not there."""
     folder, data = work / "data" / "random", work / "data" / "few"
-    missing = [domain for domain in ("woman", "man") if not (folder / domain / "config.json").exists()]
+    missing = [domain for domain in DOMAINS if not (folder / domain / "config.json").exists()]
     if missing:
         side_by_side([["metalora.miniature", "render", "--output", str(data), "--people", FEW, "--scenes", "1"]])
         side_by_side([["metalora.miniature", "meta-down", "--data", str(data), "--domain", domain, "--work", str(work / f"random-{domain}"),
@@ -124,7 +130,7 @@ def rows(measured: dict[str, Any]) -> Iterator[str]:
         found = scores.get("found", {})
         identified = "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * scores["identification"][part] for part in ("mean", "low", "high")))
         cells = [words(name, scores.get("steps")), identified, _mean(scores["r_facesim"], "{:.3f}"), _mean(scores["copying"], "{:.2f}"), _mean(scores["clip_t"], "{:.3f}"),
-                 *("{:.0%}".format(found[head]["found"]).replace("%", " %") if head in found else "–" for head in ("all", "expression")),
+                 *(f"{100 * found[head]['found']:.0f} %" if head in found else "–" for head in ("all", "expression")),
                  f"{scores['parameters']:,}" if scores["parameters"] else "–"]
         yield f"| {' | '.join(cells)} |"
 
@@ -155,7 +161,8 @@ def main(arguments: list[str]) -> None:
     for name in given.tables:
         if name not in TABLES:
             raise MetaLoraError(f"There is no table {name}; known are {', '.join(TABLES)}.")
+    judge = trained_judge(given.judge)  # before hours of work that it is to read
     for name in given.tables:
         print(f"measure: {name}", file=sys.stderr, flush=True)
-        measured = measure(name, TABLES[name], given.work, given.output, given.judge, given.cores)
+        measured = measure(name, TABLES[name], given.work, given.output, judge, given.cores)
         print(f"\n{name}\n\n" + "\n".join(rows(measured)), flush=True)
