@@ -180,6 +180,7 @@ def meta_train(
     dataset: Dataset, domain: Domain, output: Output, name: Annotated[str | None, typer.Option("--name", help="What to call it; the output folder's name when not given.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=0, help="Buckets of people to go through; the base's own number when not given.")] = None,
     directions: Annotated[int | None, typer.Option("--directions", min=0, metavar="PEOPLE", help="Before, begin where the gradients of so many people point.")] = None,
+    begin: Annotated[str | None, typer.Option("--from", metavar="META_DOWN", help="Go on from this Meta-Down, a folder or a Hub id[@revision], with other people or on another base of the same layers.")] = None,
     subject: Annotated[Literal["face", "picture"] | None, typer.Option("--subject", help="What the photos are of: a face in each, or the whole picture for a domain of things; the base's own when not given.")] = None,
     settings: Annotated[str, typer.Option("--set", metavar="KEY=VALUE,...", help="Other settings of stage 1 than the base's, such as start_rate=0.5,bucket_size=8.")] = "",
     adapt: Annotated[str, typer.Option("--adapt", metavar="KEY=VALUE,...", help="Settings with which those of this domain are to be learnt, where the base's do not suit, such as steps=40.")] = "",
@@ -192,6 +193,8 @@ def meta_train(
 
     if (output / TENSORS).exists():
         raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
+    if begin and directions:
+        raise MetaLoraError("--from and --directions both say where to begin; leave out one of them.")
     from .config import AdaptConfig, overlay, read_settings
     from .data import load_dataset
     from .progress import Line, tensorboard
@@ -202,8 +205,10 @@ def meta_train(
     overlay(AdaptConfig(), of_domain, "--adapt")
     people = load_dataset(dataset, open_pictures=True).of_domain(domain)
     _fetch(base)
+    folder = _fetch_meta_down(begin, domain) if begin else None
     from .base import Base
     from .meta import CHECKPOINT, learn_domain
+    from .metadown import MetaDown
 
     first = here().first
     opened = Base.open(base, here().device(), plan, "stage 1")
@@ -216,7 +221,9 @@ def meta_train(
             if record:
                 record(report)
 
-        found = replace(finish(learn_domain(opened, people, domain, name or output.name, output, changes), show), adapt=of_domain)
+        before = MetaDown.load(folder) if folder else None
+        found = finish(learn_domain(opened, people, domain, name or output.name, output, changes, before), show)
+        found = replace(found, adapt=found.adapt | of_domain)
     if not first:
         return {}, ""  # one of several processes speaks for all
     found.save(output)
@@ -315,6 +322,15 @@ def _fetch(base: str) -> None:
 
     with Line() as line:
         hub.base_folder(base, on_fetch=line.fetched)
+
+
+def _fetch_meta_down(place: str, domain: str) -> Path:
+    """The folder of a Meta-Down, likewise."""
+    from . import hub
+    from .progress import Line
+
+    with Line() as line:
+        return hub.meta_down_folder(place, domain, on_fetch=line.fetched)
 
 
 def _prepare(base: str, meta_down: str | None, plan: str | None, identity: Path | None = None) -> None:

@@ -5,6 +5,7 @@ that untrained heads send no noise into Down; then all three train. A batch mixe
 goes on to the next bucket and is what is kept. [paper: buckets, warm-up, mixed batches; ours: the schedule]
 
 With `direction_people` above 0 Down does not begin at random, but where the gradients of so many subjects point; see directions.py.
+Or it begins at a Meta-Down that is there already, and goes on with other subjects, or on another base of the same layers.
 
 With `start_rate` above 0 Mid and Up leave something behind, too [ours, beyond the paper]: one start for all, from which every
 subject of every bucket sets out, and which afterwards goes a part of the way towards the mean of where they came to. That is
@@ -63,7 +64,7 @@ class _State:
 def meta_train(
     base: Base, subjects: int, bucket: Bucket, domain: str, config: MetaConfig, *,
     name: str, adapter: AdapterConfig | None = None, folder: str | Path | None = None, unseen: tuple[TrainingSet, TrainingSet] | None = None,
-    faces: Callable[[], Sequence[Tensor]] | None = None,
+    faces: Callable[[], Sequence[Tensor]] | None = None, begin: MetaDown | None = None,
 ) -> Generator[StepReport, None, MetaDown]:  # fmt: skip
     """Learn Meta-Down from `subjects` subjects that `bucket` encodes on demand; yields a report a step.
 
@@ -72,10 +73,10 @@ def meta_train(
     With `unseen`, pictures of people who were kept out, to learn from and others to judge by, a report every few rounds
     has the loss on the latter, and where there are no rounds the last report has it. For a predictor, `faces` gives the
     embeddings (photos, d) of every subject, which may be none. Under `accelerate launch` the processes share every batch: the
-    result is that of one process, to rounding.
+    result is that of one process, to rounding. With `begin` Down, its ranks and the start are that Meta-Down's at first.
     Raises MetaLoraError where there are too few subjects or too many processes, or the checkpoint is of other settings.
     """
-    shape = adapter or base.settings.adapter
+    shape = begin.adapter if begin else adapter or base.settings.adapter
     size = min(config.bucket_size, subjects)
     if size < 1:
         raise MetaLoraError(f"There is no subject of the domain {domain} to learn from; check the dataset's metadata.jsonl.")
@@ -86,9 +87,12 @@ def meta_train(
     checkpoint = Path(folder) / CHECKPOINT if folder else None
     if config.predict_rank and faces is None:
         raise MetaLoraError("A predictor is fitted on faces, and none are given; leave meta.predict_rank at 0.")
+    if begin:
+        config = replace(config, direction_people=0)
     if not config.rounds and not config.direction_people:
         raise MetaLoraError("Stage 1 learns nothing in no rounds and from no directions; ask for rounds, for directions, or for both.")
     stamp = {"moments": "end to end", "config": repr(replace(config, rounds=0, predict_rank=0, predict_steps=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
+    stamp |= {"begin": begin.stamp} if begin else {}
     buckets = -(-subjects // size) if config.predict_rank else 0
     first = _members(subjects, min(config.direction_people, subjects), 0, config.seed)
     judged = unseen is not None and config.validation_every > 0
@@ -98,7 +102,7 @@ def meta_train(
     if state:
         clock.skip(len(first) + state.round * config.bucket_steps)
     else:
-        state = yield from _begin(base, shape, config, first, bucket, share, clock)
+        state = yield from _begin(base, shape, config, first, bucket, share, clock, begin)
     with attach(base.transformer, state.downs, shape, size) as heads, base.resident("transformer"):
         for number in range(state.round, config.rounds):
             data = bucket(_members(subjects, size, number, config.seed)).to(base.device, base.dtype)
@@ -116,6 +120,9 @@ def meta_train(
             yield clock.tick(loss, validation=loss)
         summary = {**asdict(config), "subjects": subjects, "steps": config.rounds * config.bucket_steps}
         found = MetaDown(state.downs, shape, name, domain, base.name, base.fingerprint, summary, start=state.start, subject=config.subject)
+        if begin:
+            summary["began at"] = f"{begin.name}, {begin.sha256[:8]}"
+            found = replace(found, licence=begin.licence, adapt=begin.adapt)
         if not config.predict_rank:
             return found
         people: list[Factors] = []
@@ -130,15 +137,17 @@ def meta_train(
 
 
 def _begin(
-    base: Base, shape: AdapterConfig, config: MetaConfig, first: Sequence[int], bucket: Bucket, share: Share, clock: Clock
+    base: Base, shape: AdapterConfig, config: MetaConfig, first: Sequence[int], bucket: Bucket, share: Share, clock: Clock, given: MetaDown | None
 ) -> Generator[StepReport, None, _State]:  # fmt: skip
-    """Down at the leading directions of the `first` people, or at random, and the start that any person has, the same for all."""
-    if first:
+    """Down as it is given, at the leading directions of the `first` people, or at random, and the start that any person has, the same for all."""
+    if given:
+        downs = given.tensors
+    elif first:
         downs = yield from leading_directions(base, first, bucket, shape, config, clock, share)
     else:
         downs = random_downs(base.transformer, shape, torch.Generator().manual_seed(config.seed))
-    if config.start_rate == 0:
-        return _State(downs, {})
+    if config.start_rate == 0 or (given and given.start):
+        return _State(downs, {}, start=given.start if given else {})
     with attach(base.transformer, downs, shape) as one:
         one.start(torch.Generator().manual_seed(hash((config.seed, 3)) % 2**63))
         return _State(downs, {}, start=one.factors())
@@ -280,10 +289,14 @@ def _mask(finder: Finder, photo: Image.Image, background: float) -> Image.Image:
 
 
 def learn_domain(
-    base: Base, people: list[Subject], domain: str, name: str, folder: Path, changes: Mapping[str, Any] | None = None
+    base: Base, people: list[Subject], domain: str, name: str, folder: Path, changes: Mapping[str, Any] | None = None, begin: MetaDown | None = None
 ) -> Generator[StepReport, None, MetaDown]:  # fmt: skip
-    """Stage 1 on a dataset's people of one domain, some of whom are kept out to judge it; see `meta_train`. `changes` are laid over the base's settings."""
-    config = overlay(base.settings.meta, changes or {}, "stage 1")
+    """Stage 1 on a dataset's people of one domain, some of whom are kept out to judge it; see `meta_train`.
+
+    `changes` are laid over the base's settings, and before them what the photos of `begin` are of.
+    """
+    of_begin = {"subject": begin.subject} if begin else {}
+    config = overlay(base.settings.meta, of_begin | dict(changes or {}), "stage 1")
     if config.subject == PICTURE:
         config = replace(config, background=1.0)  # nothing lies outside a whole picture
     learnt, unseen = kept_out(people, min(config.validation_people, config.bucket_size))
@@ -292,7 +305,7 @@ def learn_domain(
     halves = [[s.items[k::2] for s in unseen] for k in (0, 1)]
     judged = tuple(bucket(half)(range(len(half))) for half in halves) if unseen else None
     faces = partial(_faces, finder, learnt) if config.predict_rank else None
-    return meta_train(base, len(learnt), bucket([s.items for s in learnt]), domain, config, name=name, folder=folder, unseen=judged, faces=faces)
+    return meta_train(base, len(learnt), bucket([s.items for s in learnt]), domain, config, name=name, folder=folder, unseen=judged, faces=faces, begin=begin)
 
 
 def _faces(finder: Finder, people: Sequence[Subject]) -> list[Tensor]:

@@ -148,6 +148,14 @@ def test_a_meta_down_is_trained_and_used(call, people):
     assert code == 0 and "step 1/1" in err and MetaDown.load("other").sha256 == json.loads(out)["sha256"]
     code, _, err = call("meta-train", people, "--domain", "man", "--output", "none", "--rounds", 0)
     assert code == 2 and "learns nothing" in err and not Path("none").exists()
+    code, out, _ = call("meta-train", people, "--domain", "man", "--from", "man", "--output", "further", "--rounds", 1, "--adapt", "steps=3", "--json")
+    assert code == 0 and json.loads(out)["sha256"] != MetaDown.load("man").sha256 and MetaDown.load("further").training["began at"].startswith("mine, ")
+    assert call("meta-train", people, "--domain", "man", "--from", "further", "--output", "again", "--rounds", 1)[0] == 0
+    assert MetaDown.load("again").adapt == {"steps": 3}
+    code, _, err = call("meta-train", people, "--domain", "man", "--from", "man", "--directions", 9, "--output", "none")
+    assert code == 2 and "--from and --directions both say where to begin" in err
+    code, _, err = call("meta-train", people, "--domain", "man", "--from", people, "--output", "none")
+    assert code == 2 and "holds no Meta-Down for man" in err and not Path("none").exists()
     code, out, err = call("meta-train", people, "--domain", "man", "--output", "set", "--rounds", 1, "--set", "bucket_steps=3,warmup_steps=1,flow.logit_mean=0.5", "--json")
     assert code == 0 and "step 3/3" in err and MetaDown.load("set").training["flow"]["logit_mean"] == 0.5
     for wrong, says in {"pace=2": "stage 1 has no setting named pace", "bucket_steps": "--set has bucket_steps, which is not understood", "seed=1,seed=2": "twice"}.items():

@@ -13,7 +13,7 @@ from PIL import Image
 
 from metalora import MetaLoraError
 from metalora.adapt import adapt, adapt_plain, crops
-from metalora.adapter import attach
+from metalora.adapter import attach, find_targets
 from metalora.base import Base
 from metalora.cache import encode, face_mask, join, mirrored, to_tensor
 from metalora.config import AdaptConfig, FlowConfig, MetaConfig
@@ -288,6 +288,33 @@ def test_stage_one_goes_on_from_a_checkpoint_exactly(base, people, tmp_path, sto
     reports, resumed = run(train_meta(base, people, folder=tmp_path))
     assert reports[0].step == stop // 4 * 4 + 1 if stop % 4 else True
     assert resumed.sha256 == whole.sha256
+
+
+def test_stage_one_goes_on_from_another_meta_down(base, people, meta_down, tmp_path):
+    """Down, ranks, start and the settings of stage 2 are at first that Meta-Down's, of whatever base of these layers it is."""
+    start = {k: (torch.full((r, meta_down.adapter.meta_rank), 0.5), torch.full((n, r), 0.25)) for k, r, n in shapes_of(base, meta_down)}
+    before = replace(meta_down, base_fingerprint="0" * 64, start=start, adapt={"steps": 7}, licence="mit")
+    _, held = run(train_meta(base, people, replace(META, warmup_steps=4), begin=before))
+    assert held.sha256 == before.sha256 and held.adapter == before.adapter and held.adapt == {"steps": 7} and held.licence == "mit"
+    assert held.base_fingerprint == base.fingerprint and held.training["began at"] == f"{before.name}, {before.sha256[:8]}"
+    assert held.stamp == before.stamp  # without a start rate the start stays, too
+    _, moved = run(train_meta(base, people, replace(META, start_rate=0.1), begin=before))
+    assert all(not torch.equal(moved.tensors[k], before.tensors[k]) and 0 < (moved.start[k][1] - 0.25).abs().max() < 0.1 for k in start)  # fresh, Up would be 0
+    broken = train_meta(base, people, begin=before, folder=tmp_path)
+    for _ in range(5):
+        next(broken)
+    broken.close()
+    with pytest.raises(MetaLoraError, match="begin differ"):
+        next(train_meta(base, people, begin=meta_down, folder=tmp_path))
+    assert run(train_meta(base, people, begin=before, folder=tmp_path))[1].sha256 == run(train_meta(base, people, begin=before))[1].sha256
+    with pytest.raises(MetaLoraError, match="learns nothing"):
+        next(train_meta(base, people, replace(META, rounds=0, direction_people=3), begin=before))
+
+
+def shapes_of(base, meta_down):
+    """Layer, the rank of people, the outputs of the layer."""
+    targets = find_targets(base.transformer, meta_down.adapter.targets)
+    return [(name, meta_down.adapter.rank, layer.out_features) for name, layer in targets.items()]
 
 
 PROCESS = """
