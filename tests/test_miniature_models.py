@@ -389,7 +389,7 @@ def test_the_alignment_sees_the_clean_picture_of_its_row_and_only_where_there_ar
     assert alignment.loss(batch) < 1e-5
 
 
-@pytest.mark.skipif(not (in_bfloat16(torch.device("cpu")) and shutil.which("g++")), reason="for a CPU with AMX, where products are of bfloat16, and a C++ compiler")
+@pytest.mark.skipif(not (in_bfloat16(torch.device("cpu")) and shutil.which("g++")), reason="for a CPU where products are of bfloat16, and a C++ compiler")
 def test_compiled_blocks_have_the_gradients_of_those_that_are_not():
     """With the sizes that the miniature is trained at: what a compiler gets wrong it gets wrong at some sizes only."""
     transformer = build_pipeline(replace(MiniatureConfig(), double_blocks=0, single_blocks=1), vocabulary(), seed=0).transformer

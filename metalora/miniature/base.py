@@ -31,7 +31,7 @@ from metalora.miniature.clip import trained_clip
 from metalora.miniature.features import Latents, cached, encode_latents, encode_patches
 from metalora.miniature.pipeline import Spelling, build_pipeline
 from metalora.miniature.shards import Batch, Shards, draw_captioned, load_shards
-from metalora.miniature.training import Job, Trainer, generator_on, in_bfloat16, products, read_result, write_result
+from metalora.miniature.training import Job, Trainer, generator_on, products, read_result, write_result
 from metalora.miniature.vae import trained_vae
 from metalora.train import send
 
@@ -172,7 +172,7 @@ def compile_blocks(transformer: FluxTransformer2DModel) -> None:
 
     On a CPU with AMX vectors are of 256 bits: in those of 512, PyTorch 2.13's code for bfloat16 makes the gradients of queries and keys NaN.
     """
-    narrow = {"cpp.simdlen": 256} if transformer.device.type == "cpu" and in_bfloat16(transformer.device) else None
+    narrow = {"cpp.simdlen": 256} if transformer.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else None
     transformer.compile_repeated_blocks(fullgraph=True, options=narrow)
 
 

@@ -118,16 +118,18 @@ def _command_line(arguments: list[str]) -> str:
 
 
 def products(device: torch.device) -> torch.autocast:
-    """The precision of products in a step: bfloat16 on a GPU and on a CPU with AMX, float32 on all others.
+    """The precision of products in a step: bfloat16 on a GPU and on a CPU with instructions for it, float32 on all others.
 
-    Measured on a CPU with AVX-512 alone: products of bfloat16 take 1.8 times as long as those of float32 there.
+    Measured on a CPU with AVX-512 alone: products of bfloat16 take 1.8 times as long as those of float32 there. With AVX-512 BF16
+    (AMD EPYC, Zen 5) a step of the base takes 0.67 of the time that it takes in float32, one of the recogniser 0.48.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device))
 
 
 def in_bfloat16(device: torch.device) -> bool:
     """Whether `products` are of bfloat16 there."""
-    return device.type != "cpu" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    can = torch.cpu.get_capabilities()
+    return device.type != "cpu" or bool(can.get("amx_bf16") or can.get("avx512_bf16"))
 
 
 def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
