@@ -27,7 +27,7 @@ def test_tables_are_measured_with_what_the_judge_finds(tmp_path: Path, small, ca
     assert main(command) == 0
     some, chance = (json.loads((output / f"{name}.json").read_text()) for name in TABLES)
     assert set(some["methods"]) == {"base", "meta-lora@1", "meta-lora@2", "true-photos"}
-    assert 0 <= some["methods"]["meta-lora@2"]["found"]["all"]["found"] <= 1 and {"some-sheet.png", "some.svg"} <= {path.name for path in output.iterdir()}
+    assert 0 <= some["methods"]["meta-lora@2"]["found"]["all"]["found"] <= 1 and {"some-sheet.jpg", "some.svg"} <= {path.name for path in output.iterdir()}
     assert [(pair["method"], pair["less"], pair["people"]) for pair in chance["paired with some"]] == [("meta-lora@2, chance", "meta-lora@2, some", 1)]
     assert chance["methods"]["meta-lora@2"]["similarity"] != some["methods"]["meta-lora@2"]["similarity"]  # it was another Down
     printed = capsys.readouterr().out

@@ -92,7 +92,7 @@ def measure(name: str, table: Table, work: Path, output: Path, judge: tuple[Clas
     if table.sheet:
         shown = {method: read_rows(evaluation / folder_of(method)) for method in (*table.sheet, TRUE_PHOTOS)}
         sheet = contact_sheet(evaluation, shown, measured["gallery"])
-        write_atomically(output / f"{name}-sheet.png", lambda beside: sheet.save(beside, format="PNG"))
+        write_atomically(output / f"{name}-sheet.jpg", lambda beside: sheet.save(beside, format="JPEG", quality=92, subsampling=0))
     if table.curves:
         shutil.copyfile(evaluation / "curves.svg", output / f"{name}.svg")
     save_json(output / f"{name}.json", measured)
