@@ -49,7 +49,8 @@ def main() -> None:
     try:
         page = start(chosen)
     except OSError:
-        sys.exit(f"The port {chosen.port or 'that was asked for'} is taken; give another with --port, or none to have a free one found.")
+        where = f"{chosen.host or 'this machine'}:{chosen.port or '7860 and the ports after it'}"
+        sys.exit(f"The page cannot be served on {where}: the port is taken, or the address is not this machine's; give another with --port or --host.")
     page.block_thread()
 
 

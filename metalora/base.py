@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import hub
 from .adapter import ThreeFactorLinear
-from .config import BaseSettings
+from .config import ZERO_GPU, BaseSettings
 from .errors import MetaLoraError, compiling
 from .families import family_of, settings_of, unreadable
 from .family import Family, Latents, Text
@@ -65,13 +65,14 @@ class Base:
         Raises MetaLoraError where it cannot be had, is of no family that is understood or does not fit the device.
         """
         place = _place(device)
-        if place.type == "cuda":
+        if place.type == "cuda" and not ZERO_GPU:
             torch.cuda.set_device(place)  # bitsandbytes loads to the current one
         folder = hub.base_folder(str(name), on_fetch=on_fetch)
         _quiet()
         family, settings = family_of(folder), settings_of(folder)
         choice = choice_for(folder, device, plan, learning)
-        base = cls(None, family, settings, settings.name or str(name), fingerprint(folder), place, folder, choice, choice.plan)
+        known = folder.name if Path(name).expanduser().is_dir() else str(name)  # files name the base: no path of this machine goes into them
+        base = cls(None, family, settings, settings.name or known, fingerprint(folder), place, folder, choice, choice.plan)
         base.persevere(base._follow)
         return base
 
@@ -222,7 +223,10 @@ def _place(device: str | None) -> torch.device:
 
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the transformer's config and the first MiB of each of its weight files: which model this is."""
-    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise unreadable(folder, error) from error
     config = {k: v for k, v in config.items() if not k.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in sorted((folder / "transformer").glob("*.safetensors")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,11 +14,13 @@ import typer
 from .config import DEFAULT_BASE
 from .errors import MetaLoraError
 from .processes import here
-from .terminal import Result, Unfinished, check_file, check_folder, command, finish, launch, pair
+from .terminal import Result, Unfinished, check_file, check_folder, command, finish, launch, naming, pair
 
 if TYPE_CHECKING:
     from .base import Base
+    from .hub import OnFetch
     from .personalizer import Personalizer
+    from .plan import Learning
 
 CHECK_PICTURES = 4  # generated after adapting, where there are held-out photos to compare with
 
@@ -49,13 +51,15 @@ def adapt(
     images, others = ([load_photo(path) for path in paths] for paths in (photos, held_out or []))
     _prepare(base, meta_down, plan)
     personalizer = _open(base, meta_down, plan)
-    for image in others:
-        personalizer.pick(image, domain)
+    for path, image in zip(held_out or [], others):
+        with naming(path):
+            personalizer.pick(image, domain)
     _say_plain(personalizer, f"the {domain} is")
     start = time.perf_counter()
     with Line() as line:
         identity = personalizer.adapt(images, domain, steps, seed, face=face, on_step=line.step)
     seconds = time.perf_counter() - start
+    identity.save(output)  # whatever becomes of the scores
     result = {"output": str(output), "sha256": identity.sha256, "domain": domain, "steps": identity.steps, "seed": seed, "seconds": round(seconds, 2)}
     text = f"{output}: this {domain}, learnt in {identity.steps} steps and {seconds:.1f} s"
     if others:
@@ -64,7 +68,6 @@ def adapt(
         scores = _means(_scorer(personalizer, domain).score(pictures, images, others, [_anyone(prompt, domain)] * len(pictures)))
         result["scores"] = scores
         text += f"\n{_listed(scores)} (means of {CHECK_PICTURES} generated pictures)"
-    identity.save(output)
     return result, text
 
 
@@ -159,17 +162,17 @@ def score(
     from .photo import load_photo
 
     images, others, photos = ([load_photo(path) for path in paths or []] for paths in (pictures, against, learnt_from))
-    _fetch(base)
     from . import hub
     from .clip import Clip
     from .families import settings_of
     from .score import Scorer
     from .subject import finder_for
 
-    settings = settings_of(hub.base_folder(base))
-    scorer = Scorer(finder_for(settings, subject), Clip(settings.clip))
-    for image in (*others, *photos):
-        scorer.finder.pick(image)
+    settings = settings_of(hub.base_folder(base, weights=False))
+    scorer = Scorer(finder_for(settings, subject), Clip(settings.clip, hub.model_folder))
+    for path, image in zip((*against, *(learnt_from or [])), (*others, *photos)):
+        with naming(path):
+            scorer.finder.pick(image)
     rows = scorer.score(images, photos, others, [prompt] * len(images) if prompt else None)
     rows = [{"file": str(path), **row} for path, row in zip(pictures, rows)]
     return {"pictures": rows, "means": _means(rows)}, "\n".join(f"{row['file']}: {_listed(row)}" for row in rows)
@@ -189,25 +192,30 @@ def meta_train(
 ) -> Result:  # fmt: skip
     """Learn the Meta-Down of a domain; stopped, it goes on from its last checkpoint. Also under accelerate launch."""
     check_folder(output)
-    from .files import TENSORS
+    from .files import is_complete
 
-    if (output / TENSORS).exists():
+    if is_complete(output):
         raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
     if begin and directions:
         raise MetaLoraError("--from and --directions both say where to begin; leave out one of them.")
+    from . import hub
     from .config import AdaptConfig, overlay, read_settings
     from .data import load_dataset
+    from .methods import check_settings
     from .progress import Line, tensorboard
 
     given = {"rounds": rounds, "direction_people": directions, "subject": subject}
-    changes = (read_settings(settings, "--set") if settings else {}) | {key: value for key, value in given.items() if value is not None} | {"seed": seed}
+    told = read_settings(settings, "--set") if settings else {}
+    if "seed" in told:
+        raise MetaLoraError("--set has the seed; give it with --seed.")
+    changes = told | {key: value for key, value in given.items() if value is not None} | {"seed": seed}
     of_domain = read_settings(adapt, "--adapt") if adapt else {}
-    overlay(AdaptConfig(), of_domain, "--adapt")
+    check_settings(overlay(AdaptConfig(), of_domain, "--adapt"), "--adapt")
     people = load_dataset(dataset, open_pictures=True).of_domain(domain)
-    _fetch(base)
-    folder = _fetch_meta_down(begin, domain) if begin else None
+    _fetched(lambda seen: hub.base_folder(base, on_fetch=seen, before=lambda configs: _check_memory(configs, plan, "stage 1")))
+    folder = _fetched(lambda seen: hub.meta_down_folder(begin, domain, on_fetch=seen)) if begin else None
     from .base import Base
-    from .meta import CHECKPOINT, learn_domain
+    from .meta import CHECKPOINT, HEADS, learn_domain
     from .metadown import MetaDown
 
     first = here().first
@@ -227,7 +235,8 @@ def meta_train(
     if not first:
         return {}, ""  # one of several processes speaks for all
     found.save(output)
-    (output / CHECKPOINT).unlink(missing_ok=True)
+    for kept in (output / CHECKPOINT, *output.glob(HEADS.format("*"))):
+        kept.unlink(missing_ok=True)
     result = {"output": str(output), "domain": domain, "people": found.training["subjects"], "sha256": found.sha256, "steps": found.training["steps"]}
     return result, f"{output}: the Meta-Down of {found.training['subjects']} people of the domain {domain}"
 
@@ -239,12 +248,13 @@ def convert(
     base: BaseName = DEFAULT_BASE, json: Json = False,
 ) -> Result:  # fmt: skip
     """Make a Meta-Down of weights that other code published; layers are found by name, then by shape and order."""
-    from .files import TENSORS, check_tensors
+    from . import hub
+    from .files import check_tensors, is_complete
 
-    if (output / TENSORS).exists():
+    if is_complete(output):
         raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
     check_tensors(source, "a foreign adapter")
-    _fetch(base)
+    _fetched(lambda seen: hub.base_folder(base, on_fetch=seen))
     from .foreign import convert
 
     found, placed = convert(source, base, domain, output.name)
@@ -277,8 +287,7 @@ def evaluate(
     for each in degrade or []:
         Degradation.parse(each)
     _prepare(base, meta_down, plan)
-    with Line() as line:
-        dino = str(hub.model_folder(dino, line.fetched)) if dino else None
+    dino = str(_fetched(lambda seen: hub.model_folder(dino, seen))) if dino else None
     from .evaluate import evaluate as run
     from .report import table
 
@@ -315,40 +324,29 @@ def doctor(
     return found, lines(found)
 
 
-def _fetch(base: str) -> None:
-    """Have the base on this machine, before the libraries are loaded that open it; see hub.prepare."""
-    from . import hub
+def _fetched(get: Callable[[OnFetch], Any]) -> Any:
+    """What `get` has on this machine, before the libraries are loaded that open it (see hub.prepare); downloads are shown."""
     from .progress import Line
 
     with Line() as line:
-        hub.base_folder(base, on_fetch=line.fetched)
-
-
-def _fetch_meta_down(place: str, domain: str) -> Path:
-    """The folder of a Meta-Down, likewise."""
-    from . import hub
-    from .progress import Line
-
-    with Line() as line:
-        return hub.meta_down_folder(place, domain, on_fetch=line.fetched)
+        return get(line.fetched)
 
 
 def _prepare(base: str, meta_down: str | None, plan: str | None, identity: Path | None = None) -> None:
     """The same with the Meta-Downs; not where this machine has not the memory for it."""
     from . import hub
     from .files import check_tensors
-    from .progress import Line
 
     if identity:
         check_tensors(identity, "an identity file")  # not after a download of many GB
-    with Line() as line:
-        hub.prepare(base, meta_down, line.fetched, before=lambda configs: _check_memory(configs, plan))
+    learning = "person" if meta_down or hub.meta_down_places(base) else "plain"
+    _fetched(lambda seen: hub.prepare(base, meta_down, seen, before=lambda configs: _check_memory(configs, plan, learning)))
 
 
-def _check_memory(configs: Path, plan: str | None) -> None:
+def _check_memory(configs: Path, plan: str | None, learning: Learning) -> None:
     from .base import choice_for
 
-    choice_for(configs, here().device(), plan)
+    choice_for(configs, here().device(), plan, learning)
 
 
 def _open(base: str, meta_down: str | None, plan: str | None) -> Personalizer:

@@ -20,13 +20,13 @@ CHUNK = 32  # pictures or texts at a time
 
 
 class Clip:
-    """A transformers CLIPModel with its processor, from a folder or the Hub; loaded on first use.
+    """A transformers CLIPModel with its processor, from a folder; loaded on first use.
 
-    Raises MetaLoraError, on first use, where it cannot be read.
+    `find` is asked for the folder then, where `place` may be something else. Raises MetaLoraError, on first use, where it cannot be read.
     """
 
-    def __init__(self, place: str | Path):
-        self.place = str(place)
+    def __init__(self, place: str | Path, find: Callable[[str], Path] = Path):
+        self.place, self._find = str(place), find
 
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """(n, d) float32, unit length."""
@@ -45,10 +45,11 @@ class Clip:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        folder = self._find(self.place)
         try:
-            return CLIPModel.from_pretrained(self.place).float().eval(), CLIPProcessor.from_pretrained(self.place)
+            return CLIPModel.from_pretrained(folder, use_safetensors=True).float().eval(), CLIPProcessor.from_pretrained(folder)
         except (OSError, ValueError, SafetensorError) as error:
-            raise MetaLoraError(f"The CLIP model {self.place} cannot be read; get it afresh, or go online once.") from error
+            raise MetaLoraError(f"The CLIP model {self.place} cannot be read; get it afresh.") from error
 
 
 def unit_rows(items: Sequence[Any], encode: Callable[[Sequence[Any]], Tensor]) -> np.ndarray:

@@ -7,6 +7,7 @@ its ``model_index.json`` that replaces any of them; nothing else in the package 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -17,6 +18,7 @@ from .errors import MetaLoraError
 
 FORMAT_VERSION = 1
 DEFAULT_BASE = "miniature"
+ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))  # a Space whose GPUs come and go: the process that opens the base has none of its own
 SETTINGS_FILE = "metalora.json"
 # Attention and feed-forward layers of every block. Anchored on the blocks: the bare suffix `proj_out` would also hit the final layer.
 BLOCK_LINEARS = r"^(single_)?transformer_blocks\.\d+\.(attn|ff|ff_context|proj_mlp|proj_out)\b"
@@ -115,6 +117,12 @@ class MetaConfig:
     def __post_init__(self) -> None:
         if self.subject not in SUBJECTS:
             raise MetaLoraError(f"The subject of a domain is {' or '.join(SUBJECTS)}, not {self.subject}; give one of these.")
+        counts = min(self.bucket_size, self.bucket_steps, self.batch_size, self.checkpoint_every) >= 1
+        rates = min(self.learning_rate, self.down_learning_rate, self.max_grad_norm, self.flow.logit_std) > 0
+        rest = min(self.rounds, self.warmup_steps, self.weight_decay, self.validation_every, self.validation_people, self.validation_steps,
+                   self.direction_people, self.predict_rank, self.predict_steps) >= 0  # fmt: skip
+        if not (counts and rates and rest and 0 <= self.background <= 1 and 0 <= self.start_rate <= 1):
+            raise MetaLoraError("A setting of stage 1 is out of range: counts are 1 or more, rates above 0, shares 0 to 1.")
 
 
 @dataclass(frozen=True)

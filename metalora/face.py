@@ -41,6 +41,10 @@ class Face:
         return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
 
 
+class SeveralFaces(MetaLoraError):
+    """A photo shows more than the one face that is wanted."""
+
+
 class Finder(ABC):
     """Finds the subjects of pictures and embeds them."""
 
@@ -110,7 +114,7 @@ class FaceFinder(Finder):
             raise MetaLoraError("No face was found in the photo; give one that shows the face from the front, in good light and not too small.")
         if face is None:
             if len(found) > 1:
-                raise MetaLoraError(f"The photo shows {len(found)} faces; say which with --face K, from left to right: {_listed(found)}.")
+                raise SeveralFaces(f"The photo shows {len(found)} faces; cut it to one, or say to adapt which with --face K, from left to right: {_listed(found)}.")
             return found[0]
         if not 1 <= face <= len(found):
             shown = "1 face, so --face can only be 1" if len(found) == 1 else f"{len(found)} faces, so --face is 1 to {len(found)}"

@@ -24,7 +24,7 @@ from .prompts import fill
 
 MAKER = "Meta-LoRA"
 NOTE = "AI-generated"
-KEPT_LOADED = 8  # people that stay loaded, so that switching costs nothing; the longest unused leaves first
+KEPT_LOADED = 8  # people that stay loaded, so that switching costs nothing; who came first leaves first
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gradio as gr
 from gradio.utils import get_upload_folder
@@ -22,9 +24,14 @@ from .errors import Cancelled, MetaLoraError
 from .hub import NoAccess
 from .studio import Learnt, Order, StopFlag, Studio, on_gpu
 
+if TYPE_CHECKING:
+    from .personalizer import Personalizer
+
 UPDATE_EVERY = 1.0  # seconds between two looks of the progress card; on two cores a browser that draws it four times as often makes learning half as long again
 DOMAINS = ("woman", "man")  # that the page begins with, and all there are to choose from without a Meta-Down
 CONTROLS = 7  # that a base's settings set
+LARGEST = 4  # times the pixels that the base is made for: a picture takes the memory and the time of all
+OURS = "Something went wrong on our side; the log of the app says what. Please try again."
 PREVIEWS = 12  # pictures of the likeness on its way, over a whole learning
 SHOWN_AS_THEY_ARE = {".jpg", ".jpeg", ".png", ".webp"}  # what every browser can show
 
@@ -49,7 +56,7 @@ def one_sentence() -> Iterator[None]:
         raise
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
-        raise gr.Error("Something went wrong on our side; the log of the app says what. Please try again.", print_exception=False) from error
+        raise gr.Error(OURS, print_exception=False) from error
 
 
 class Handlers:
@@ -57,12 +64,12 @@ class Handlers:
 
     def __init__(self, studio: Studio, samples: list[Sample]):
         self.studio, self.samples = studio, samples
-        self.train = on_gpu(lambda photo, domain, face, steps, *rest: 60 + steps)(self._train)
+        self.train = on_gpu(lambda photo, domain, face, steps, *rest: 40 + steps // 2)(self._train)
         self.draw = on_gpu(lambda learnt, order, *rest: 20 + 15 * order.count)(self._draw)
 
     def _train(self, photo: str, domain: str, face: int | None, steps: int, seed: int, held_out: list[str], stop: StopFlag):
         learnt = yield from self.studio.learn(
-            photo, domain, face=face, steps=steps, seed=seed, held_out=held_out, stop=stop, preview_every=max(1, steps // PREVIEWS)
+            photo, domain, face=face, steps=steps, seed=seed, held_out=held_out, stop=stop, preview_every=-(-steps // PREVIEWS)
         )
         yield learnt
 
@@ -74,8 +81,9 @@ class Handlers:
 
         Where the Hub gives it only to who has a token, the field for one comes.
         """
-        yield from self._follow(self.studio.open())
-        yield self._greeting()
+        opening = self.studio.open()
+        yield from self._follow(opening)
+        yield self._greeting(opening)
 
     def unlock(self, token: str):
         """Fetch the base with a token of the user's, which is for this download only and kept nowhere; then greet. The field is emptied at once.
@@ -105,12 +113,15 @@ class Handlers:
     def _fault(fault: BaseException) -> list:
         """Why there is no base, with the field for a token where one may help."""
         if not isinstance(fault, MetaLoraError):
-            raise fault
+            traceback.print_exception(fault, file=sys.stderr)
+            fault = MetaLoraError(OURS)
         return [cards.status(str(fault), "fault"), *[gr.skip()] * CONTROLS, *_access(isinstance(fault, NoAccess))]
 
-    def _greeting(self) -> list:
+    def _greeting(self, opening: Future[Personalizer]) -> list:
+        if fault := opening.exception():
+            return self._fault(fault)
         try:
-            personalizer = self.studio.personalizer
+            personalizer = opening.result()
             domains = personalizer.domains or list(DOMAINS)
             domain = DOMAINS[0] if DOMAINS[0] in domains else domains[0]
             config = personalizer.adapt_config(domain)
@@ -123,7 +134,7 @@ class Handlers:
             text += f"; without a Meta-Down people are learnt as ordinary LoRAs of rank {s.plain_rank} (make one with python -m metalora meta-train, or give one with --meta-down)"
         return [
             cards.status(text),
-            gr.Radio(choices=domains, value=domain),
+            gr.Radio(choices=domains, **({} if set(DOMAINS) <= set(domains) else {"value": domain})),  # somebody may have chosen by now
             gr.Slider(value=config.steps),
             gr.Dropdown(choices=sizes(s.resolution, 2 * base.pipeline.vae_scale_factor), value=f"{s.resolution}x{s.resolution}"),
             gr.Slider(value=s.inference_steps),
@@ -147,10 +158,11 @@ class Handlers:
             return None, None, *one
         try:
             image = self.studio.open_photo(photo)
-            faces = self.studio.faces(image)
         except MetaLoraError as error:
             gr.Warning(cards.sentence(str(error)), title="Another photo, please")
             return None, None, *one
+        with one_sentence():
+            faces = self.studio.faces(image)
         if Path(photo).suffix.lower() not in SHOWN_AS_THEY_ARE:
             image.save(photo := str(new_folder() / "photo.png"))
         if len(faces) < 2:
@@ -164,7 +176,9 @@ class Handlers:
         return event.index + 1
 
     def choose_domain(self, domain: str, steps: int):
-        """Steps that suit the domain, if they are still those of another, and what there is to learn."""
+        """Steps that suit the domain, if they are still those of another, and what there is to learn; once the base is open, which it is then asked for again."""
+        if not self.studio.is_open:
+            return gr.skip(), gr.skip()
         with one_sentence():
             personalizer = self.studio.personalizer
             usual = {each: personalizer.adapt_config(each).steps for each in personalizer.domains}
@@ -186,7 +200,7 @@ class Handlers:
         try:
             with one_sentence():
                 shown = 0.0
-                for report in self.train(photo, domain, int(face) or None, int(steps), int(seed), held_out or [], stop):
+                for report in self.train(photo, domain, int(face) or None, int(steps), int(seed or 0), held_out or [], stop):
                     self._tell()
                     if isinstance(report, Learnt):
                         files = self.studio.write_files(report.identity, new_folder())
@@ -225,7 +239,9 @@ class Handlers:
         with one_sentence():
             if learnt is None:
                 raise MetaLoraError("Learn a person first, or load an identity file.")
-            order = Order(prompt, int(count), int(seed), int(steps), float(guidance), parse_size(size), float(strength))
+            order = Order(prompt, int(count), int(seed or 0), int(steps), float(guidance), parse_size(size), float(strength))
+            if math.prod(order.size) > LARGEST * (most := self.studio.settings.resolution) ** 2:
+                raise MetaLoraError(f"Pictures here have at most {2 * most}x{2 * most} pixels; choose a smaller size.")
         scored, held_out = learnt.photos is not None, 0 if learnt.held_out is None else len(learnt.held_out)
         pictures, shown, summary = [], [], cards.line("Nothing was made.")
         yield [gr.skip(), cards.line("starting"), gr.skip(), *busy]

@@ -30,7 +30,10 @@ PIPELINE_FILES = [
     "model_index.json", SETTINGS_FILE, CARD, "scheduler/*.json", "transformer/*.json", "transformer/*.safetensors", "vae/*.json",
     "vae/*.safetensors", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*",
 ]  # fmt: skip
-MODEL_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+MODEL_FILES = [
+    "config.json", "preprocessor_config.json", "processor_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json",
+    "special_tokens_map.json", "vocab.json", "merges.txt",
+]  # fmt: skip
 META_DOWN_FILES = [TENSORS, START, PREDICTOR, CONFIG, CARD]
 ANSWER_WITHIN = 3.5  # seconds that the Hub may take for its first answer
 SILENCE = 60.0  # seconds without a byte after which a connection counts as dead; the Hub may think for long over an upload
@@ -85,11 +88,12 @@ def prepare(
 
 
 def base_folder(
-    name: str, download: bool = True, on_fetch: OnFetch | None = None, token: str | None = None, before: Before | None = None
+    name: str, download: bool = True, on_fetch: OnFetch | None = None, token: str | None = None, before: Before | None = None, weights: bool = True
 ) -> Path:  # fmt: skip
     """Local folder of a base model; fetched when it must be and may. MetaLoraError where there is none to be had.
 
-    A name of the catalogue has the revision that stands there, one of your own may say its revision after an @.
+    A name of the catalogue has the revision that stands there, one of your own may say its revision after an @. Without `weights`
+    its configs will do.
     """
     row = catalog().get(name, {})
     place = row.get("path")
@@ -101,6 +105,8 @@ def base_folder(
     if place:
         raise MetaLoraError(f"The base {name} should lie in {folder}, but it is not there; get the project's files afresh.")
     pinned = f"{name}@{row['revision']}" if "revision" in row else name
+    if not weights:
+        return fetch(pinned, [file for file in PIPELINE_FILES if file.endswith(".json")], lambda found: (found / "model_index.json").is_file(), download, token=token)
     return fetch(pinned, PIPELINE_FILES, pipeline_is_complete, download, on_fetch, token, before)
 
 
@@ -127,7 +133,7 @@ def model_folder(place: str, on_fetch: OnFetch | None = None) -> Path:
     folder = Path(place).expanduser()
     if folder.is_dir():
         return folder
-    return fetch(place, MODEL_FILES, lambda found: (found / "preprocessor_config.json").is_file() and _part_is_complete(found), on_fetch=on_fetch)
+    return fetch(place, MODEL_FILES, lambda found: any(found.glob("*processor_config.json")) and _part_is_complete(found), on_fetch=on_fetch)
 
 
 def domains_in(place: str | Path) -> list[str]:
@@ -152,12 +158,23 @@ def _part_is_complete(part: Path) -> bool:
     return all((part / shard).is_file() for shard in shards) and (not needs_weights or any(part.glob("*.safetensors")))
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a repository on the Hub may be called so: owner/model."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
 def fetch(
     name: str, files: list[str], complete: Callable[[Path], bool], download: bool = True, on_fetch: OnFetch | None = None, token: str | None = None,
     before: Before | None = None,
 ) -> Path:  # fmt: skip
     """Folder of a Hub repository's snapshot that holds `files`; `complete(folder)` says whether the cache has all of them."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+    if not is_hub_id(name.partition("@")[0]) or not re.fullmatch(r"[^@]+(@[\w./-]+)?", name):
         if Path(name).is_absolute():
             raise MetaLoraError(f"There is no folder {name}; check the spelling, or get the project's files afresh.")
         raise MetaLoraError(f"There is no folder {name}, and it is no Hub name either (those read owner/model); check the spelling.")

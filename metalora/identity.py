@@ -108,6 +108,8 @@ class Identity:
         if not self.is_plain:
             self.check_meta_down(meta_down)
         downs = self.downs or meta_down.tensors
+        if not self.factors.keys() <= downs.keys():
+            raise MetaLoraError(f"This identity names layers that its Meta-Down {self.meta_down} has not; it is damaged, get it afresh.")
         return diffusers_names({n: collapse(mid, up, downs[n][: self.meta_rank].float(), self.scale) for n, (mid, up) in self.factors.items()})
 
     def export(self, path: str | Path, meta_down: MetaDown | None, family: Family, format: ExportFormat = "diffusers") -> Path:
@@ -128,6 +130,9 @@ class Identity:
         return {key: value for key, value in self.__dict__.items() if key in self.__dataclass_fields__ and key not in ("factors", "downs")}
 
     def _check(self) -> None:
+        kinds = {"rank": int, "meta_rank": int, "steps": int, "seed": int, "scale": (int, float)}
+        if not all(isinstance(value, kinds.get(key, str)) for key, value in self._header().items() if key != "format_version"):
+            raise ValueError("the header has a value of another kind")
         for mid, up in self.factors.values():
             if mid.shape != (self.rank, self.meta_rank) or up.ndim != 2 or up.shape[1] != self.rank:
                 raise ValueError("a factor has another shape than the header says")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 FLUX_DEV = "FLUX.1-dev"
 # The notice that section 3 of the FLUX.1 [dev] Non-Commercial License wants with every derivative, word for word.
 FLUX_NOTICE = (
@@ -23,8 +25,11 @@ def header(base: str) -> dict[str, str]:
 
 
 def front_matter(base: str, own: str = "other") -> str:
-    """The lines about the licence in the head of a card."""
-    return f"license: other\nlicense_name: flux-1-dev-non-commercial-license\nlicense_link: {FLUX_TERMS}" if is_flux_dev(base) else f"license: {own}"
+    """The lines about the licence in the head of a card, and about the base, where it is one of the Hub: the Hub takes no other name there."""
+    repo = base.partition("@")[0]
+    of_base = f"\nbase_model: {repo}" if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) else ""
+    lines = f"license: other\nlicense_name: flux-1-dev-non-commercial-license\nlicense_link: {FLUX_TERMS}" if is_flux_dev(base) else f"license: {own}"
+    return lines + of_base
 
 
 def notice(base: str) -> str:

@@ -18,6 +18,7 @@ predictor is fitted that tells them from the face; see predict.py.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -47,6 +48,7 @@ from .subject import finder_for
 from .train import Clock, Share, StepReport, fit, flow_loss, optimizer, wholes
 
 CHECKPOINT = "checkpoint.safetensors"
+HEADS = "heads-{}.safetensors"  # Mid and Up of the subjects of a bucket
 VALIDATION_DRAWS = 4  # of noise and noise level, for each picture
 Bucket = Callable[[Sequence[int]], TrainingSet]  # numbers of subjects → their pictures, encoded, renumbered 0, 1, …
 
@@ -64,7 +66,7 @@ class _State:
 def meta_train(
     base: Base, subjects: int, bucket: Bucket, domain: str, config: MetaConfig, *,
     name: str, adapter: AdapterConfig | None = None, folder: str | Path | None = None, unseen: tuple[TrainingSet, TrainingSet] | None = None,
-    faces: Callable[[], Sequence[Tensor]] | None = None, begin: MetaDown | None = None,
+    faces: Callable[[], Sequence[Tensor]] | None = None, begin: MetaDown | None = None, digest: str = "",
 ) -> Generator[StepReport, None, MetaDown]:  # fmt: skip
     """Learn Meta-Down from `subjects` subjects that `bucket` encodes on demand; yields a report a step.
 
@@ -73,7 +75,8 @@ def meta_train(
     With `unseen`, pictures of people who were kept out, to learn from and others to judge by, a report every few rounds
     has the loss on the latter, and where there are no rounds the last report has it. For a predictor, `faces` gives the
     embeddings (photos, d) of every subject, which may be none. Under `accelerate launch` the processes share every batch: the
-    result is that of one process, to rounding. With `begin` Down, its ranks and the start are that Meta-Down's at first.
+    result is that of one process, to rounding. With `begin` Down, its ranks and the start are that Meta-Down's at first. `digest`
+    tells a checkpoint's subjects from others that are as many.
     Raises MetaLoraError where there are too few subjects or too many processes, or the checkpoint is of other settings.
     """
     shape = begin.adapter if begin else adapter or base.settings.adapter
@@ -92,13 +95,14 @@ def meta_train(
     if not config.rounds and not config.direction_people:
         raise MetaLoraError("Stage 1 learns nothing in no rounds and from no directions; ask for rounds, for directions, or for both.")
     stamp = {"moments": "end to end", "config": repr(replace(config, rounds=0, predict_rank=0, predict_steps=0)), "adapter": repr(shape), "domain": domain, "subjects": str(subjects), "base": base.fingerprint}
-    stamp |= {"begin": begin.stamp} if begin else {}
+    stamp |= {key: value for key, value in {"begin": begin.stamp if begin else "", "people": digest}.items() if value}
     buckets = -(-subjects // size) if config.predict_rank else 0
     first = _members(subjects, min(config.direction_people, subjects), 0, config.seed)
     judged = unseen is not None and config.validation_every > 0
     judged_once = judged and not config.rounds
     clock = Clock(len(first) + config.rounds * config.bucket_steps + judged_once + buckets * config.predict_steps)
     state = _resume(checkpoint, stamp)
+    process.agree(state.round if state else -1, f"The processes do not see the same rounds of a checkpoint in {folder}; give them an output folder that all see")
     if state:
         clock.skip(len(first) + state.round * config.bucket_steps)
     else:
@@ -128,8 +132,8 @@ def meta_train(
         people: list[Factors] = []
         for number in range(buckets):
             of_bucket = range(number * size, min((number + 1) * size, subjects))
-            kept = checkpoint and checkpoint.with_name(f"heads-{number:04d}.safetensors")
-            people += yield from _heads(base, heads, bucket, of_bucket, found, config, number, share, clock, kept)
+            kept = checkpoint and checkpoint.with_name(HEADS.format(f"{number:04d}"))
+            people += yield from _heads(base, heads, bucket, of_bucket, found, config, number, share, clock, kept, digest)
     with_face = [(person, face) for person, face in zip(people, faces()) if len(face)]
     predictor, explained = fit_predictor(*zip(*with_face), config.predict_rank)
     summary = {**summary, "people predicted from": len(with_face), "variance of others explained": round(explained, 4)}
@@ -192,10 +196,10 @@ def _round(base: Base, heads: Adapter, data: TrainingSet, state: _State, config:
 
 def _heads(
     base: Base, heads: Adapter, bucket: Bucket, subjects: Sequence[int], found: MetaDown, config: MetaConfig, number: int, share: Share,
-    clock: Clock, kept: Path | None,
+    clock: Clock, kept: Path | None, digest: str,
 ) -> Generator[StepReport, None, list[Factors]]:  # fmt: skip
     """Mid and Up of these subjects, learnt from the common start with Down held; read from the file `kept` where they lie there already."""
-    stamp = {"meta_down": found.stamp, "seed": str(config.seed), "steps": str(config.predict_steps), "subjects": f"{subjects[0]}-{subjects[-1]}"}
+    stamp = {"meta_down": found.stamp, "seed": str(config.seed), "steps": str(config.predict_steps), "subjects": f"{subjects[0]}-{subjects[-1]}", "people": digest}
     if kept and kept.is_file():
         tensors, said = load_tensors(kept, "heads of a stage 1")
         if said == stamp:
@@ -299,13 +303,20 @@ def learn_domain(
     config = overlay(base.settings.meta, of_begin | dict(changes or {}), "stage 1")
     if config.subject == PICTURE:
         config = replace(config, background=1.0)  # nothing lies outside a whole picture
+    if config.rounds and config.warmup_steps >= config.bucket_steps:
+        raise MetaLoraError(f"Of a bucket's {config.bucket_steps} steps the warm-up takes {config.warmup_steps}, and leaves none for Down; lower warmup_steps, or raise bucket_steps.")
     learnt, unseen = kept_out(people, min(config.validation_people, config.bucket_size))
     finder = finder_for(base.settings, config.subject) if config.background < 1 or config.predict_rank else None
     bucket = partial(bucket_of_photos, base, words=f"{base.settings.trigger} {domain}", finder=finder, background=config.background)
     halves = [[s.items[k::2] for s in unseen] for k in (0, 1)]
     judged = tuple(bucket(half)(range(len(half))) for half in halves) if unseen else None
     faces = partial(_faces, finder, learnt) if config.predict_rank else None
-    return meta_train(base, len(learnt), bucket([s.items for s in learnt]), domain, config, name=name, folder=folder, unseen=judged, faces=faces, begin=begin)
+    return meta_train(base, len(learnt), bucket([s.items for s in learnt]), domain, config, name=name, folder=folder, unseen=judged, faces=faces, begin=begin, digest=_digest(learnt))
+
+
+def _digest(people: Sequence[Subject]) -> str:
+    """Of who they are, which photos they have, and what is said of these."""
+    return hashlib.sha256(repr([(s.identity, [(item.path.name, item.text) for item in s.items]) for s in people]).encode()).hexdigest()
 
 
 def _faces(finder: Finder, people: Sequence[Subject]) -> list[Tensor]:

@@ -151,7 +151,6 @@ def model_card(meta_down: MetaDown) -> str:
     more = "".join(f"\n- {name}, {says[name]}: SHA-256 {sha256}" for name, (_, sha256) in m.more.items())
     return f"""---
 {front_matter(m.base, m.licence)}
-base_model: {m.base}
 tags: [meta-lora, personalization]
 ---
 

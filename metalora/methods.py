@@ -77,11 +77,12 @@ def _settings(text: str, where: str) -> tuple[dict[str, Any], int | None]:
     settings = read_settings(text, where)
     if "seed" in settings:
         raise MetaLoraError("The seed is the same for all methods; give it with --seed.")
-    _check(overlay(AdaptConfig(), settings, where), where)
+    check_settings(overlay(AdaptConfig(), settings, where), where)
     return settings, settings.pop("steps", None)
 
 
-def _check(config: AdaptConfig, where: str) -> None:
+def check_settings(config: AdaptConfig, where: str) -> None:
+    """MetaLoraError, which begins with `where`, for settings that nothing can be learnt with."""
     counts = min(config.steps, config.batch_size, config.crops) >= 1
     sizes = min(config.learning_rate, config.max_grad_norm, config.flow.logit_std, config.up_rate, config.scale) > 0
     rest = min(config.weight_decay, config.warmup_steps, config.prior_pictures, config.asked_draws, config.rank, config.meta_rank) >= 0

@@ -153,10 +153,11 @@ def _wire(page: gr.Blocks, do: Handlers, learnt: gr.State, base: dict, who: dict
     downloads = [files["identity"], files["diffusers"], files["kohya"]]
     controls = [who["domain"], who["steps"], pictures["size"], pictures["steps"], pictures["guidance"], pictures["gallery"], pictures["words"]]
     greeted = [base["status"], *controls, base["token"], base["again"]]
-    page.load(do.greet, None, greeted, api_name="status", show_progress="hidden", concurrency_limit=None)
+    suited = (do.choose_domain, [who["domain"], who["steps"]], [who["steps"], who["learn"]])
+    page.load(do.greet, None, greeted, api_name="status", show_progress="hidden", concurrency_limit=None).then(*suited, show_progress="hidden", **PRIVATE)
     gr.on(
         [base["again"].click, base["token"].submit], do.unlock, base["token"], greeted, api_name="unlock", show_progress="hidden", concurrency_limit=None
-    )
+    ).then(*suited, show_progress="hidden", **PRIVATE)
 
     shown = [who["photo"], who["held_out"], who["which"], who["faces"], who["face"], who["samples"]]
     who["samples"].select(do.take_sample, None, [*shown[:-1], who["domain"]], show_progress="hidden", **PRIVATE)
@@ -164,7 +165,7 @@ def _wire(page: gr.Blocks, do: Handlers, learnt: gr.State, base: dict, who: dict
     who["photo"].clear(do.look, gr.State(None), shown, show_progress="hidden", **PRIVATE)
     who["faces"].select(do.choose_face, None, who["face"], show_progress="hidden", **PRIVATE)
 
-    who["domain"].change(do.choose_domain, [who["domain"], who["steps"]], [who["steps"], who["learn"]], show_progress="hidden", **PRIVATE)
+    who["domain"].change(*suited, show_progress="hidden", **PRIVATE)
 
     asked = [who[k] for k in ("photo", "face", "domain", "steps", "seed", "held_out")]
     who["learn"].click(

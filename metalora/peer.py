@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import http.client
 import importlib.util
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ from .base import Base
 from .errors import MetaLoraError
 from .files import load_tensors, write_atomically
 from .photo import load_photo
+from .processes import here
 
 COMMIT = "c56add8081be60b7e8794e011f1790d0e37aeced"
 NAME = "train_dreambooth_lora_flux.py"
@@ -85,11 +88,21 @@ def train(base: Path, photos: Sequence[Any], prompt: str, resolution: int, token
         for number, photo in enumerate(photos):
             load_photo(photo).save(pictures / f"{number}.png")  # upright, without alpha, whatever the photo's format
         command = [sys.executable, str(script()), *_arguments(base, pictures, output, prompt, resolution, tokens, config)]
-        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=_environment())
         if run.returncode or not (output / LORA).is_file():
             lines = run.stdout.strip().splitlines() or ["it said nothing"]
             raise MetaLoraError(f"diffusers' training script failed ({lines[-1][:200]}); run it by hand to see where: python {script()}.")
         return load_tensors(output / LORA, "a LoRA")[0]
+
+
+def _environment() -> dict[str, str]:
+    """Ours, but for what a launcher told this process: the script is to learn alone, on this process's GPU, and not to wait for other people's."""
+    told = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME|ROLE_\w+)|MASTER_\w+|TORCHELASTIC_\w+|ACCELERATE_\w+|FSDP_\w+")
+    own = {key: value for key, value in os.environ.items() if not told.fullmatch(key)}
+    if here().device():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        own["CUDA_VISIBLE_DEVICES"] = visible[here().local] if len(visible) > here().local and visible[0] else str(here().local)
+    return own
 
 
 def seconds_a_step(base: Path, photos: Sequence[Any], resolution: int, tokens: int, config: PeerConfig) -> float:

@@ -92,6 +92,7 @@ def _check(personalizer: Personalizer, by_file: dict[str, Subject], folder: Path
             "base_fingerprint": base.fingerprint, "meta_down_sha256": down.sha256 if down else "", "domain": subject.domain,
             "rank": rank, "meta_rank": rows, "trigger": base.settings.trigger, "steps": config.steps if steps is None else steps, "seed": seed,
         }  # fmt: skip
+        wanted |= {"scale": config.scale * down.adapter.scale} if down else {}
         found = Identity.load(folder / name)
         other = [key for key, value in wanted.items() if getattr(found, key) != value]
         if other:

@@ -54,7 +54,7 @@ class Personalizer:
         self._given = meta_down
         self._meta_downs: dict[str, MetaDown] = {}
         self._finders: dict[str, Finder] = {}
-        self.clip = Clip(base.settings.clip)
+        self.clip = Clip(base.settings.clip, hub.model_folder)
         self._running: Generator | None = None
         self._encoded: Encoded | None = None
         self._own: tuple[Any, list[cache.TrainingSet]] | None = None
@@ -69,10 +69,10 @@ class Personalizer:
         How it lies in a GPU's memory is worked out, or is the `plan` of that name. `on_fetch` sees how far a download is.
         Raises MetaLoraError where either cannot be had or they do not fit.
         """
-        plain = meta_down is None and not hub.meta_down_places(base)
+        learning = "person" if meta_down is not None or hub.meta_down_places(base) else "plain"
         if not isinstance(meta_down, MetaDown):
-            hub.prepare(base, meta_down, on_fetch, before=lambda configs: choice_for(configs, device, plan))
-        personalizer = cls(Base.open(base, device, plan, "plain" if plain else "person", on_fetch), meta_down)
+            hub.prepare(base, meta_down, on_fetch, before=lambda configs: choice_for(configs, device, plan, learning))
+        personalizer = cls(Base.open(base, device, plan, learning, on_fetch), meta_down)
         if meta_down is not None:
             for domain in personalizer.domains:
                 personalizer.meta_down(domain)
@@ -199,6 +199,8 @@ class Personalizer:
         self._finish_other()
         if config.steps < 1:
             raise MetaLoraError(f"Steps must be 1 or more, not {config.steps}.")
+        if not 0 <= config.seed < 2**63:
+            raise MetaLoraError(f"The seed must be a whole number from 0, below 2**63, not {config.seed}.")
         self._running = self._adapt(learn, _listed(photos), domain, config, face, preview_every)
         return self._running
 
@@ -223,12 +225,25 @@ class Personalizer:
             config = replace(config, crops=1, background=1.0)
         images = [load_photo(photo) for photo in photos]
         seen = [(image.size, hashlib.sha256(image.tobytes()).digest()) for image in images]
-        key = (seen, domain, face, config.crops, config.margin, config.background, config.asked_draws, config.seed)
+        key = (seen, domain, face, config.crops, config.margin, config.background, config.asked_draws, config.batch_size, config.seed)
         if self._encoded is None or self._encoded.key != key:
-            faces = [self.pick(image, domain, face) for image in images]
+            faces = [self._pick(number, image, domain, face, len(images)) for number, image in enumerate(images, 1)]
             mean = np.mean([found.embedding for found in faces], axis=0)
             self._encoded = Encoded(key, self._encode(images, faces, domain, config), mean / np.linalg.norm(mean))
         return self._encoded.data
+
+    def forget(self) -> None:
+        """Leave no photo behind: the set that is kept for another try holds its latents and the face's embedding."""
+        self._encoded = None
+
+    def _pick(self, number: int, image: Image.Image, domain: str, face: int | None, photos: int) -> Face:
+        """The face of photo `number`. Of several photos, of which one may show a face alone, `face` is for those that show more."""
+        if photos == 1:
+            return self.pick(image, domain, face)
+        try:
+            return self.pick(image, domain, face if len(self.finder_of(domain).detect(image)) > 1 else None)
+        except MetaLoraError as error:
+            raise MetaLoraError(f"Photo {number} of {photos}: {error}") from error
 
     def _encode(self, images: Sequence[Image.Image], faces: Sequence[Face], domain: str, config: AdaptConfig) -> cache.TrainingSet:
         settings, whole = self.base.settings, self.finder_of(domain).whole

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .adapter import find_targets
-from .config import BaseSettings
+from .config import ZERO_GPU, BaseSettings
 from .errors import MetaLoraError
 from .families import KNOWN, family_of, unreadable
 from .family import Family
@@ -342,7 +342,8 @@ def card(device: torch.device) -> int | None:
     device = numbered(device)  # the limit wants it so
     free, total = torch.cuda.mem_get_info(device)
     ours = min(total, free + torch.cuda.memory_reserved(device))
-    torch.cuda.set_per_process_memory_fraction(ours / total, device)
+    if not ZERO_GPU:
+        torch.cuda.set_per_process_memory_fraction(ours / total, device)
     return ours
 
 

@@ -52,6 +52,16 @@ class Process(NamedTuple):
             PartialState(cpu=cpu)
         return self
 
+    def agree(self, value: int, fault: str) -> None:
+        """All of those that are connected have the same number; else MetaLoraError in each, the sentence `fault` with the numbers."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            found: list[int] = [value] * self.world
+            dist.all_gather_object(found, value)
+            if len(set(found)) > 1:
+                raise MetaLoraError(f"{fault} (they have {', '.join(map(str, found))}).")
+
 
 def here() -> Process:
     """This process, as its launcher named it; alone where there was none."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from pathlib import Path
 
 from .errors import MetaLoraError
 from .files import CARD
-from .hub import META_DOWN_FILES, plain_faults
+from .hub import META_DOWN_FILES, is_hub_id, plain_faults
 from .identity import Identity
 from .licence import front_matter, notice
 from .metadown import MetaDown
@@ -21,7 +20,7 @@ def publish(source: str | Path, repo: str, private: bool = False) -> str:
 
     Raises MetaLoraError where it is neither, the name is none, or the Hub refuses.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not is_hub_id(repo):
         raise MetaLoraError(f"{repo} is no name on the Hub; those read owner/model.")
     if Path(source).suffix != ".safetensors":
         MetaDown.load(source)
@@ -39,7 +38,10 @@ def _upload(folder: Path, repo: str, private: bool, files: list[str], message: s
     with plain_faults(repo, None):
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
-        return str(api.upload_folder(folder_path=folder, repo_id=repo, allow_patterns=files, commit_message=message).repo_url)
+        try:
+            return str(api.upload_folder(folder_path=folder, repo_id=repo, allow_patterns=files, commit_message=message).repo_url)
+        except ValueError as error:  # the client's word for a card that the Hub does not take
+            raise MetaLoraError(f"The Hub does not take {folder / CARD} ({error}); mend its head, or remove it.") from error
 
 
 def identity_card(identity: Identity, repo: str) -> str:
@@ -48,7 +50,6 @@ def identity_card(identity: Identity, repo: str) -> str:
     learnt = "learnt as an ordinary LoRA" if i.is_plain else f"learnt on the Meta-Down {i.meta_down} ({i.meta_down_sha256})"
     return f"""---
 {front_matter(i.base)}
-base_model: {i.base}
 tags: [meta-lora, lora, personalization]
 ---
 

@@ -79,7 +79,7 @@ def summarise(rows: Rows, by_domain: bool = True) -> dict[str, Any]:
     for key in ("parameters", "bytes"):
         got[key] = round(float(np.mean([p[0].get(key, 0) for p in done or people])))
     for name, key in SCORES.items():
-        if key not in people[0][0]:
+        if not all(key in person[0] for person in done or people):
             continue  # only what was measured has a figure
         got[name] = _spread([_values(person, key) for person in people])
     domains = sorted({p[0]["domain"] for p in people})

@@ -1,22 +1,26 @@
 """What the page does, without the page: one opened base for the whole process, learn, generate, score, files.
 
-Nothing of a user stays here. What a session owns is a `Learnt` that the page keeps in that session's state, and files in
-the page's cache folder, which it clears.
+Nothing of a user stays here but the numbers of the person drawn last, in the transformer's weights until somebody else is. What a session
+owns is a `Learnt` that the page keeps in that session's state, and files in the page's cache folder, which it clears.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import hub
+from .config import ZERO_GPU
 from .errors import Cancelled, MetaLoraError
+
+LONGEST = 120  # seconds of a GPU that ZeroGPU gives to whoever has no account, a day
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,13 +105,20 @@ class Studio:
     fetched: hub.Fetched | None = None  # how far a download is, while there is one
     _opened: Future | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _desk: threading.Lock = field(default_factory=threading.Lock, repr=False)  # one piece of work at a time, also where a client has given up on one that still runs
 
     def open(self) -> Future[Personalizer]:
         """Start to open the base; again where the last try failed, since a network may be back."""
         with self._lock:
             if self._opened is None or (self._opened.done() and self._opened.exception()):
-                self._opened = _in_background(self._open)
+                self._opened = _in_background(self._open) if not ZERO_GPU else _at_once(self._open)
             return self._opened
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the base can be had without waiting."""
+        opened = self._opened
+        return opened is not None and opened.done() and opened.exception() is None
 
     def fetch(self, token: str | None = None) -> Future[None]:
         """Start to fetch what is to be opened. The token is for this only: neither the studio nor whoever opens the base has it."""
@@ -122,7 +133,7 @@ class Studio:
     def _check_memory(self, configs: Path) -> None:
         from .base import choice_for
 
-        choice_for(configs, plan=self.plan)
+        choice_for(configs, plan=self.plan, learning="person" if self.meta_down or hub.meta_down_places(self.base) else "plain")
 
     def _open(self) -> Personalizer:
         self._fetch(None)
@@ -175,25 +186,33 @@ class Studio:
         self, photo: Any, domain: str, *, face: int | None, steps: int, seed: int, held_out: Sequence[Any], stop: StopFlag, preview_every: int
     ) -> Generator[StepReport, None, Learnt]:
         """Learn a person; yields every step, returns what the session keeps. Cancelled within a step of the stop wish."""
+        import numpy as np
+
         personalizer = self.personalizer
         if personalizer.finder_of(domain).whole:
             face = None  # chosen before the domain was
-        photos, others = self._embed([photo], domain, face), self._embed(held_out, domain, None)
-        run = personalizer.adapt_steps([photo], domain, steps, seed, face=face, preview_every=preview_every)
+        with self._desk:
+            photos = np.stack([self._embed(photo, domain, face, "click the one to learn")])
+            others = [self._embed(each, domain, None, f"leave {Path(each).name} out, or cut it to the one") for each in held_out]
+            run = personalizer.adapt_steps([photo], domain, steps, seed, face=face, preview_every=preview_every)
+            try:
+                while True:
+                    stop.check()
+                    yield next(run)
+            except StopIteration as end:
+                return Learnt(end.value, photos, np.stack(others) if others else None)
+            finally:
+                run.close()
+                personalizer.forget()
+
+    def _embed(self, photo: Any, domain: str, face: int | None, otherwise: str) -> np.ndarray:
+        """Embedding (d,) of the photo's one face. MetaLoraError where it shows several, with what to do `otherwise`."""
+        from .face import SeveralFaces
+
         try:
-            while True:
-                stop.check()
-                yield next(run)
-        except StopIteration as end:
-            return Learnt(end.value, photos, others)
-        finally:
-            run.close()
-
-    def _embed(self, photos: Sequence[Any], domain: str, face: int | None) -> np.ndarray | None:
-        import numpy as np
-
-        found = [self.personalizer.pick(self.open_photo(photo), domain, face).embedding for photo in photos]
-        return np.stack(found) if found else None
+            return self.personalizer.pick(self.open_photo(photo), domain, face).embedding
+        except SeveralFaces as error:
+            raise MetaLoraError(f"The photo shows several faces; {otherwise}.") from error
 
     def generate(self, learnt: Learnt, order: Order, folder: Path, stop: StopFlag) -> Iterator[Picture]:
         """Pictures one after the other, each scored and written to `folder`. Cancelled within a step of the stop wish."""
@@ -203,9 +222,10 @@ class Studio:
             (learnt.identity, order.strength), order.prompt, order.count, order.seed,
             steps=order.steps, guidance=order.guidance, size=order.size, on_step=lambda done, every: stop.check(),
         )  # fmt: skip
-        for number, image in enumerate(pictures):
-            path = save_png(image, folder / f"picture-{order.seed + number}.png")
-            yield Picture(image, path, *self._likeness(image, learnt))
+        with self._desk:
+            for number, image in enumerate(pictures):
+                path = save_png(image, folder / f"picture-{order.seed + number}.png")
+                yield Picture(image, path, *self._likeness(image, learnt))
 
     def _likeness(self, image: Image.Image, learnt: Learnt) -> tuple[float | None, float | None]:
         """Mean cosines of the picture's face, or of the whole, to the photo learnt from and to the held-out photos."""
@@ -239,13 +259,49 @@ def _in_background(work: Callable[..., Any], *given: Any) -> Future:
         pool.shutdown(wait=False)
 
 
+def _at_once(work: Callable[[], Any]) -> Future:
+    """Done in this thread: ZeroGPU sees only what the thread that imports puts onto the GPU."""
+    done: Future = Future()
+    try:
+        done.set_result(work())
+    except BaseException as error:
+        done.set_exception(error)
+    return done
+
+
 def on_gpu(seconds: Callable[..., int]) -> Callable[[Callable], Callable]:
-    """Decorator: on a Space with ZeroGPU, run the function (or generator) on a GPU held for `seconds(*args, **kwargs)`."""
-    if not os.environ.get("SPACES_ZERO_GPU"):
+    """Decorator of generators: on a Space with ZeroGPU they run on a GPU that is held for `seconds(*given)`, LONGEST at most."""
+    if not ZERO_GPU:
         return lambda work: work
     import spaces
 
-    return spaces.GPU(duration=seconds)
+    def decorate(work: Callable) -> Callable:
+        there = spaces.GPU(duration=lambda *given: min(LONGEST, seconds(*given)))(_sent(work))
+        return lambda *given: _received(there(*given))
+
+    return decorate
+
+
+def _sent(work: Callable) -> Callable:
+    """The generator, as its values can be pickled in another process: without what calls back into it, and with the faults that mean something as values."""
+
+    @functools.wraps(work)
+    def sent(*given: Any) -> Iterator[Any]:
+        try:
+            for found in work(*given):
+                yield replace(found, learnt=None) if hasattr(found, "learnt") else found
+        except (Cancelled, MetaLoraError) as fault:
+            yield fault
+
+    return sent
+
+
+def _received(values: Iterator[Any]) -> Iterator[Any]:
+    """What was sent, with faults raised again."""
+    for found in values:
+        if isinstance(found, (Cancelled, MetaLoraError)):
+            raise found
+        yield found
 
 
 __all__ = ["Learnt", "MetaLoraError", "Order", "Picture", "StopFlag", "Studio", "on_gpu"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -12,7 +13,9 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
+import gradio as gr
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
@@ -21,11 +24,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import app
-from metalora import Identity, cards
+from metalora import Identity, MetaLoraError, cards
 from metalora.config import BaseSettings
+from metalora.errors import Cancelled
 from metalora.handlers import Handlers, parse_size, sizes
 from metalora.personalizer import Personalizer
-from metalora.studio import StopFlag, Studio
+from metalora.studio import Order, StopFlag, Studio, _received, _sent
 
 from .conftest import make_meta_down
 from .hub_server import HubServer
@@ -155,8 +159,10 @@ def test_of_several_faces_one_is_chosen(connect, photos, tmp_path):
     found = client.predict(handle_file(path), api_name="/look")
     faces = next(part["value"] for part in found if isinstance(part, dict) and part.get("value") and isinstance(part["value"], list))
     assert [shown["caption"] for shown in faces] == ["face 1", "face 2"]
-    with pytest.raises(AppError, match="2 faces"):
+    with pytest.raises(AppError, match="The photo shows several faces; click the one to learn."):
         learn(client, path).result(timeout=60)
+    with pytest.raises(AppError, match="several faces; leave two.png out, or cut it to the one"):
+        learn(client, photos["ann"], held_out=[photos["ann"], path]).result(timeout=60)
     left, right = (files_of(learn(connect(), path, face=number))[0].read_bytes() for number in (1, 2))
     assert left != right
 
@@ -233,13 +239,15 @@ def test_faults_are_one_sentence(connect, photos, tmp_path):
         "prompt is empty": lambda: generate(client, prompt="  "),
         "not a size": lambda: generate(client, size="large"),
         "multiples of 16": lambda: generate(client, size="33x32"),
+        "at most 64x64 pixels": lambda: generate(client, size="80x64"),
+        "seed must be a whole number": lambda: learn(client, photos["ann"], seed=2**63).result(timeout=60),
         "safetensors|identity": lambda: client.predict(handle_file(str(text)), api_name="/load"),
     }
     for words, ask in asked.items():
         with pytest.raises(AppError, match=words) as fault:
             ask()
         assert "Traceback" not in str(fault.value) and str(fault.value).count("\n") == 0
-    assert generate(client, count=1)[0]  # and on it goes
+    assert generate(client, count=1, seed=None)[0]  # and on it goes
 
 
 def test_a_base_that_cannot_be_had_is_said_on_the_page(tmp_path):
@@ -255,6 +263,7 @@ def test_without_a_meta_down_the_page_says_how_people_are_learnt(tiny_base, phot
         status, domain, steps, *_ = client.predict(api_name="/status")
         assert "ready" in status and "ordinary LoRAs of rank 16 (make one with python -m metalora meta-train, or give one with --meta-down)" in status
         assert [value for _, value in domain["choices"]] == ["woman", "man"] and steps["value"] == 1000
+        assert "value" not in domain  # who chose a sample meanwhile keeps its domain
         assert Identity.load(files_of(learn(client, photos["ann"]))[0]).is_plain
 
 
@@ -344,7 +353,7 @@ def test_a_taken_port_is_said_in_one_sentence(address):
         [sys.executable, str(ROOT / "app.py"), "--base", "nowhere", "--host", "127.0.0.1", "--port", port], capture_output=True, text=True, timeout=120,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    assert found.returncode == 1 and found.stderr.strip().splitlines()[-1].startswith(f"The port {port} is taken") and "Traceback" not in found.stderr
+    assert found.returncode == 1 and found.stderr.strip().splitlines()[-1].startswith(f"The page cannot be served on 127.0.0.1:{port}: the port is taken") and "Traceback" not in found.stderr
 
 
 # ---- parts
@@ -405,3 +414,54 @@ def test_handlers_of_a_sample(photos):
     event = type("Event", (), {"index": 0})()
     taken = Handlers(None, [Sample(photos["ann"], "woman", [photos["bea"]])]).take_sample(event)
     assert taken[0] == photos["ann"] and taken[1] == [photos["bea"]] and taken[-1] == "woman"
+
+
+def test_a_fault_of_ours_in_opening_a_base_is_one_sentence_on_the_page(tmp_path, monkeypatch, capsys):
+    studio = Studio(str(tmp_path))
+    monkeypatch.setattr(Studio, "_open", lambda self: 1 / 0)
+    *_, (status, *rest) = Handlers(studio, []).greet()
+    assert "fault" in status and "Something went wrong on our side" in status and "ZeroDivisionError" in capsys.readouterr().err
+    assert not studio.is_open
+
+
+def test_a_photo_stays_where_the_base_is_at_fault(photos, tmp_path):
+    """It is no worse for that, and will do when the base is there."""
+    with pytest.raises(gr.Error, match="no diffusers pipeline"):
+        Handlers(Studio(str(tmp_path)), []).look(photos["ann"])
+
+
+def test_what_crosses_to_another_process_can_be_pickled(base, meta_down, photos, tmp_path, monkeypatch):
+    """As on ZeroGPU, whose workers send what a generator yields, and of exceptions the name alone."""
+    studio, stop = Studio("tiny"), StopFlag(tmp_path / "stop")
+    studio._opened = Future()
+    studio._opened.set_result(Personalizer(base, meta_down))
+    do = Handlers(studio, [])
+    sent = _sent(do._train)(photos["ann"], "woman", None, 2, 0, [], stop)
+    *reports, learnt = _received(pickle.loads(pickle.dumps(found)) for found in sent)
+    assert [report.step for report in reports] == [1, 2] and learnt.identity.steps == 2 and reports[0].learnt is None
+    order = Order("in a park", 1, 0, 1, 1.0, (32, 32), 1.0)
+    (picture,) = _received(pickle.loads(pickle.dumps(found)) for found in _sent(do._draw)(learnt, order, tmp_path, stop))
+    assert picture.path.is_file()
+    for domain, wanted, kind in (("cat", False, MetaLoraError), ("woman", True, Cancelled)):
+        stop.raise_() if wanted else stop.clear()
+        with pytest.raises(kind):
+            list(_received(pickle.loads(pickle.dumps(found)) for found in _sent(do._train)(photos["ann"], domain, None, 2, 0, [], stop)))
+
+
+def test_one_piece_of_work_waits_for_another_that_nobody_waits_for(base, meta_down, photos, tmp_path):
+    """A client that has given up leaves its work running for a while."""
+    studio, stop = Studio("tiny"), StopFlag(tmp_path / "stop")
+    studio._opened = Future()
+    studio._opened.set_result(Personalizer(base, meta_down))
+    settings = dict(face=None, steps=2, seed=0, held_out=[], stop=stop, preview_every=0)
+    first = studio.learn(photos["ann"], "woman", **settings)
+    next(first)
+    second = Thread(target=lambda: found.extend(studio.learn(photos["bea"], "woman", **settings)), daemon=True)
+    found: list = []
+    second.start()
+    second.join(0.5)
+    assert second.is_alive() and not found
+    first.close()
+    second.join(60)
+    assert len(found) == 2
+    assert studio.personalizer._encoded is None  # no photo is left behind

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,32 @@ def test_held_out_photos_are_scored_with_and_not_learnt_from(call, people, me):
     assert set(result["scores"]) == {"face", "similarity", "r_facesim", "copying", "clip_t", "clip_i"}
 
 
+@pytest.mark.one_family
+def test_who_is_learnt_is_kept_whatever_becomes_of_the_scores(call, tiny_base, people, me, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    settings = json.loads((base / "metalora.json").read_text())
+    (tmp_path / "no-clip").mkdir()
+    (base / "metalora.json").write_text(json.dumps({**settings, "clip": str(tmp_path / "no-clip"), "caption_phrases": [], "face_pack": str(tiny_base.parent / "face")}))
+    code, _, err = call("adapt", people / "ann-0.png", "--held-out", people / "ann-1.png", "--domain", "woman", "-o", "me.safetensors", "--steps", 2, "--base", base)
+    assert code == 2 and "The CLIP model" in err and Identity.load("me.safetensors").steps == 2
+
+
+@pytest.mark.one_family
+def test_a_face_is_chosen_in_the_photos_that_show_several(call, people, tmp_path):
+    alone = Image.open(people / "ann-0.png")
+    two = Image.new("RGB", (2 * alone.width, alone.height))
+    for x, name in ((0, "bea"), (alone.width, "ann")):
+        two.paste(Image.open(people / f"{name}-0.png"), (x, 0))
+    two.save(tmp_path / "two.png")
+    learn = ["adapt", people / "ann-0.png", tmp_path / "two.png", "--domain", "woman", "-o", "me.safetensors", "--steps", 2]
+    code, _, err = call(*learn)
+    assert code == 2 and "Photo 2 of 2: The photo shows 2 faces" in err
+    assert call(*learn, "--face", 2)[0] == 0
+    code, _, err = call("score", people / "ann-0.png", "--against", people / "ann-1.png", tmp_path / "two.png")
+    assert code == 2 and f"{tmp_path / 'two.png'}: The photo shows 2 faces" in err
+
+
 def test_pictures_come_with_what_made_them(call, me):
     code, out, err = call("generate", me, "a photo of {person} in a red cap", "in the park", "--output", "out", "--count", 2, "--seed", 7, "--size", "48x32", "--json")
     result = json.loads(out)
@@ -164,6 +191,31 @@ def test_a_meta_down_is_trained_and_used(call, people):
 
 
 @pytest.mark.one_family
+def test_settings_of_stage_one_that_nothing_can_be_learnt_with_are_refused(call, people):
+    train = ["meta-train", people, "--domain", "man", "--output", "none"]
+    for wrong in ("checkpoint_every=0", "bucket_size=0", "learning_rate=0", "start_rate=2", "batch_size=0"):
+        code, _, err = call(*train, "--set", wrong)
+        assert code == 2 and "A setting of stage 1 is out of range" in err, wrong
+    code, _, err = call(*train, "--set", "seed=5")
+    assert code == 2 and "give it with --seed" in err
+    code, _, err = call(*train, "--set", "bucket_steps=3,warmup_steps=3")
+    assert code == 2 and "warm-up" in err
+    code, _, err = call(*train, "--adapt", "steps=0")
+    assert code == 2 and "--adapt has a setting out of range" in err and not Path("none").exists()
+
+
+@pytest.mark.one_family
+def test_a_meta_down_that_was_not_written_whole_is_written_again(call, people):
+    train = ["meta-train", people, "--domain", "man", "--output", "man", "--rounds", 1]
+    assert call(*train)[0] == 0
+    before = MetaDown.load("man").stamp
+    Path("man/config.json").unlink()  # it comes last
+    Path("man/heads-0000.safetensors").write_bytes(b"")  # of subjects; nobody is to keep them
+    assert call(*train)[0] == 0 and MetaDown.load("man").stamp == before
+    assert sorted(path.name for path in Path("man").iterdir()) == ["README.md", "config.json", "meta_down.safetensors"]
+
+
+@pytest.mark.one_family
 def test_a_stopped_meta_training_goes_on_from_its_checkpoint(call, people, monkeypatch):
     train = ["meta-train", people, "--domain", "woman", "--name", "mine", "--json"]
     whole = json.loads(call(*train, "--output", "whole")[1])
@@ -201,6 +253,10 @@ def test_the_doctor_names_what_is_there_and_what_is_not(call, tiny_base):
     code, out, _ = call("doctor", "--base", "/nowhere", "--json")
     found = json.loads(out)
     assert not found["ready"] and "no folder /nowhere" in found["parts"]["base"]["says"]
+    shutil.copytree(tiny_base, "damaged")
+    Path("damaged/transformer/config.json").write_text("{")
+    code, out, _ = call("doctor", "--base", "damaged", "--json")
+    assert code == 0 and "cannot be read" in json.loads(out)["parts"]["base"]["says"]
 
 
 @pytest.mark.one_family

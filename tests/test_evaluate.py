@@ -394,3 +394,12 @@ def test_differences_are_taken_person_by_person():
     # every person gains the same, so the interval is a point, however much people differ
     assert pair["r_facesim"]["low"] == pytest.approx(pair["r_facesim"]["high"])
     assert differences({"a": one}) == [] == differences({"a": one, "b": {"nobody": rows(0.1)}})
+
+
+def test_a_face_that_is_lost_first_is_no_fault(degraded):
+    """What is not measured of anybody has no figure, whoever comes first."""
+    output, _ = degraded
+    lost, found = (read_rows(output / folder)["000-ann"] for folder in ("meta-lora+dark=0.98", "meta-lora+dark=0.3"))
+    for rows in ({"a": lost, "b": found}, {"a": found, "b": lost}):
+        got = summarise(rows)
+        assert "dino" not in got and got["failed"] == 1 and got["people"] == 2

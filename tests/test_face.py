@@ -74,7 +74,7 @@ def test_faces_are_numbered_from_the_left(finder):
 
 def test_several_faces_are_asked_about_in_the_order_of_their_numbers(finder):
     image = group("ann", "bea")
-    with pytest.raises(MetaLoraError, match=r"2 faces; say which with --face K, from left to right: 1 at \(24, 64\), 2 at \(72, 64\)"):
+    with pytest.raises(MetaLoraError, match=r"2 faces; cut it to one, or say to adapt which with --face K, from left to right: 1 at \(24, 64\), 2 at \(72, 64\)"):
         finder.pick(image)
     assert centre(finder.pick(image, 2)) == pytest.approx((72, 64), abs=0.5)
     with pytest.raises(MetaLoraError, match="no face 3; the photo shows 2 faces, so --face is 1 to 2"):

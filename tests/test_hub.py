@@ -18,6 +18,7 @@ import torch
 
 from metalora import Identity, MetaLoraError, hub, licence
 from metalora.progress import Line
+from metalora.publish import publish
 
 from .hub_server import SHA, HubServer
 from .parts import COLOURS, portrait, write_people
@@ -359,3 +360,17 @@ def test_folders_and_the_catalogue(tiny_base, tmp_path):
     assert all(Path(place).is_absolute() for place in hub.meta_down_places("miniature").values())
     with pytest.raises(MetaLoraError, match="holds no Meta-Down for man"):
         hub.meta_down_folder(str(tmp_path), "man")
+
+
+@pytest.mark.parametrize("name", ["./miniatur", "../woman", "a--b/c", "caf\u00e9/x", "model", "a/b/c", "-a/b"])
+def test_what_is_no_name_on_the_hub_is_one_sentence(name):
+    with pytest.raises(MetaLoraError, match="it is no Hub name either"):
+        hub.base_folder(name)
+    with pytest.raises(MetaLoraError, match="is no name on the Hub"):
+        publish("me.safetensors", name)
+
+
+def test_cards_name_a_base_of_the_hub_and_no_folder(tmp_path):
+    assert "base_model: owner/model\n" in licence.front_matter("owner/model@main") + "\n"
+    for base in ("miniature", "/home/ann/flux"):
+        assert "base_model" not in licence.front_matter(base)

@@ -97,3 +97,13 @@ def test_it_is_evaluated_like_the_rest(ready, meta_down, tmp_path):
     _, summary = run(evaluate(Personalizer(ready, meta_down), people, ["base", "dreambooth-r2:learning_rate=1e-3@2"], tmp_path / "out", limit=1))
     found = summary["methods"]["dreambooth-r2:learning_rate=1e-3@2"]
     assert found["pictures"] == summary["methods"]["base"]["pictures"] and found["parameters"] > 0 and found["learn_seconds"] > 0
+
+
+def test_it_learns_alone_whatever_launcher_started_us(monkeypatch):
+    told = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "ROLE_NAME": "default", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x", "ACCELERATE_MIXED_PRECISION": "no"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    environment = peer._environment()
+    assert not set(told) & set(environment) and environment["OMP_NUM_THREADS"] == "1"

@@ -355,6 +355,33 @@ def test_a_checkpoint_of_another_training_is_refused(base, people, tmp_path):
         next(train_meta(base, people, replace(META, seed=4), folder=tmp_path))
 
 
+def test_a_checkpoint_of_other_people_is_refused(base, people, tmp_path):
+    """As many as before, whose photos are others."""
+    run(train_meta(base, people, replace(META, rounds=1), folder=tmp_path, digest="these"))
+    run(train_meta(base, people, replace(META, rounds=2), folder=tmp_path, digest="these"))
+    with pytest.raises(MetaLoraError, match="another training .people differ"):
+        next(train_meta(base, people, folder=tmp_path, digest="those"))
+
+
+APART = """
+import torch
+from metalora.errors import MetaLoraError
+from metalora.processes import here
+process = here().join(cpu=True)
+process.agree(7, "never said")
+try:
+    process.agree(process.rank, "They differ")
+except MetaLoraError as error:
+    print(str(error).replace(" ", "_"))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.one_family
+def test_processes_that_do_not_see_the_same_say_so(tmp_path):
+    assert in_processes(2, tmp_path, APART) == [["They_differ_(they_have_0,_1)."]] * 2
+
+
 @given(subjects=st.integers(1, 12), size=st.integers(1, 12), seed=st.integers(0, 5))
 def test_every_subject_comes_once_in_a_lap_and_never_twice_in_a_bucket(subjects, size, seed):
     size = min(size, subjects)
