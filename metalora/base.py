@@ -50,7 +50,7 @@ class Base:
     choice: Choice  # the plan it was opened with, and why
     plan: Plan  # the one it follows now
     precision: Precision | None = None  # of the weights that are here; None while there are none
-    notice: str = ""  # that the plan had to be changed, until whoever shows things to the user has taken it
+    notice: str = ""  # that the plan had to be changed or a prompt cut, until whoever shows things to the user has taken it
     fold: Fold = field(default_factory=Fold)  # who is in the weights now
     playing: Playing = field(default_factory=Playing)  # a denoising step as it was last recorded
     _at_work: Counter[str] = field(default_factory=Counter)  # components that a piece of work needs on the device now
@@ -188,10 +188,16 @@ class Base:
         return self.persevere(encode)
 
     def encode_for_picture(self, prompt: str, guidance: float) -> Text:
-        """Embeddings of all that a picture of that prompt needs; of a prompt that is longer than usual they are of the greatest length."""
-        prompts, usual = self.family.prompts_of_a_picture(self.pipeline, prompt, guidance), self.settings.text_tokens
-        fits = max(self.family.tokens(self.pipeline, each) for each in prompts) <= usual
-        return self.encode_prompts(prompts, usual if fits else self.settings.max_sequence_length)
+        """Embeddings of all that a picture of that prompt needs; of a prompt that is longer than usual they are of the greatest length.
+
+        What is longer than that is left out, of which there is a notice then.
+        """
+        prompts, usual, most = self.family.prompts_of_a_picture(self.pipeline, prompt, guidance), self.settings.text_tokens, self.settings.max_sequence_length
+        tokens = max(self.family.tokens(self.pipeline, each) for each in prompts)
+        if tokens > most:
+            self.notice = f"The prompt is longer than this base reads: the last {tokens - most} of its {tokens} tokens are left out. Say it in fewer words."
+            logger.warning(self.notice)
+        return self.encode_prompts(prompts, usual if tokens <= usual else most)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Latents:

@@ -221,7 +221,7 @@ class Handlers:
     def _tell(self) -> None:
         """Show what the user should know of the base."""
         if notice := self.studio.take_notice():
-            gr.Warning(notice, title="Less memory than thought")
+            gr.Warning(notice, title="Please note")
 
     @staticmethod
     def stop(request: gr.Request) -> None:

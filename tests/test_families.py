@@ -103,3 +103,11 @@ def test_what_diffusers_reads_of_kohya_names_is_the_same_lora(base, meta_down, t
     path = identity.export(tmp_path / "lora.safetensors", meta_down, base.family, "kohya")
     read, wanted = type(base.pipeline).lora_state_dict(str(path)), identity.to_lora(meta_down)
     assert read.keys() == wanted.keys() and all(torch.equal(read[key], wanted[key]) for key in read) and len(load_file(path)) > 0
+
+
+def test_of_a_prompt_that_is_longer_than_the_base_reads_there_is_a_notice(base):
+    opened = replace(base)
+    opened.encode_for_picture("a park", 1.0)
+    assert not opened.notice
+    opened.encode_for_picture("a park " * base.settings.max_sequence_length, 1.0)
+    assert "are left out. Say it in fewer words." in opened.notice
