@@ -29,12 +29,15 @@ def settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def start(chosen: argparse.Namespace) -> Blocks:
     """Serve the page and open the base behind it; returns while both go on. OSError where the port is taken."""
+    from metalora.config import ZERO_GPU
     from metalora.page import STYLE, THEME, build
     from metalora.samples import FOLDERS, read_samples
     from metalora.studio import Studio
 
     studio = Studio(chosen.base, chosen.meta_down, chosen.plan)
     page = build(studio, *read_samples())
+    if ZERO_GPU:
+        studio.open()  # by the thread that has imported all, before anybody comes
     page.queue(max_size=32).launch(
         server_name=chosen.host, server_port=chosen.port, share=chosen.share, theme=THEME, css_paths=STYLE, prevent_thread_lock=True,
         footer_links=["api"], allowed_paths=[*map(str, FOLDERS)], max_file_size="200mb", ssr_mode=False,

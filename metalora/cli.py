@@ -59,13 +59,16 @@ def adapt(
     with Line() as line:
         identity = personalizer.adapt(images, domain, steps, seed, face=face, on_step=line.step)
     seconds = time.perf_counter() - start
-    identity.save(output)  # whatever becomes of the scores
+    identity.save(output)
     result = {"output": str(output), "sha256": identity.sha256, "domain": domain, "steps": identity.steps, "seed": seed, "seconds": round(seconds, 2)}
     text = f"{output}: this {domain}, learnt in {identity.steps} steps and {seconds:.1f} s"
     if others:
         prompt = "a photo of {person}"
-        pictures = personalizer.generate(identity, prompt, CHECK_PICTURES, seed)
-        scores = _means(_scorer(personalizer, domain).score(pictures, images, others, [_anyone(prompt, domain)] * len(pictures)))
+        try:
+            pictures = personalizer.generate(identity, prompt, CHECK_PICTURES, seed)
+            scores = _means(_scorer(personalizer, domain).score(pictures, images, others, [_anyone(prompt, domain)] * len(pictures)))
+        except MetaLoraError as error:
+            raise Unfinished(f"{text}; but it could not be scored: {error}", result) from error
         result["scores"] = scores
         text += f"\n{_listed(scores)} (means of {CHECK_PICTURES} generated pictures)"
     return result, text
@@ -339,8 +342,7 @@ def _prepare(base: str, meta_down: str | None, plan: str | None, identity: Path 
 
     if identity:
         check_tensors(identity, "an identity file")  # not after a download of many GB
-    learning = "person" if meta_down or hub.meta_down_places(base) else "plain"
-    _fetched(lambda seen: hub.prepare(base, meta_down, seen, before=lambda configs: _check_memory(configs, plan, learning)))
+    _fetched(lambda seen: hub.prepare(base, meta_down, seen, before=lambda configs: _check_memory(configs, plan, hub.learning(base, meta_down))))
 
 
 def _check_memory(configs: Path, plan: str | None, learning: Learning) -> None:

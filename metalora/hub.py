@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from .config import SETTINGS_FILE
 from .errors import MetaLoraError
@@ -114,6 +114,11 @@ def meta_down_places(base: str) -> dict[str, str]:
     """Default Meta-Down of a base for each domain that the catalogue knows, as folders or Hub ids."""
     rows = catalog().get(base, {}).get("meta_down", {})
     return {domain: str((CATALOG.parent / place).resolve()) if place.startswith(".") else place for domain, place in rows.items()}
+
+
+def learning(base: str, meta_down: object = None) -> Literal["person", "plain"]:
+    """What a base is opened for, in plan.Learning's words: people on a Meta-Down, where one is given or known, or as ordinary LoRAs."""
+    return "person" if meta_down or meta_down_places(base) else "plain"
 
 
 def meta_down_folder(place: str, domain: str = "", download: bool = True, on_fetch: OnFetch | None = None, token: str | None = None) -> Path:

@@ -69,7 +69,7 @@ class Personalizer:
         How it lies in a GPU's memory is worked out, or is the `plan` of that name. `on_fetch` sees how far a download is.
         Raises MetaLoraError where either cannot be had or they do not fit.
         """
-        learning = "person" if meta_down is not None or hub.meta_down_places(base) else "plain"
+        learning = hub.learning(base, meta_down)
         if not isinstance(meta_down, MetaDown):
             hub.prepare(base, meta_down, on_fetch, before=lambda configs: choice_for(configs, device, plan, learning))
         personalizer = cls(Base.open(base, device, plan, learning, on_fetch), meta_down)

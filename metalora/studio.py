@@ -133,7 +133,7 @@ class Studio:
     def _check_memory(self, configs: Path) -> None:
         from .base import choice_for
 
-        choice_for(configs, plan=self.plan, learning="person" if self.meta_down or hub.meta_down_places(self.base) else "plain")
+        choice_for(configs, plan=self.plan, learning=hub.learning(self.base, self.meta_down))
 
     def _open(self) -> Personalizer:
         self._fetch(None)
