@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from .base import OUT_OF_MEMORY, Base, choice_for
 from .clip import Clip
 from .config import DEFAULT_BASE, FACE, AdaptConfig
 from .errors import MetaLoraError
+from .face import Face, Finder, SeveralFaces
 from .generate import GenerateConfig, Person, generate, render, unload_people
 from .identity import ExportFormat, Identity
 from .metadown import MetaDown
@@ -28,9 +29,6 @@ from .photo import load_photo
 from .prompts import PLACE, Captioner, anyone, fill, mirrored
 from .subject import finder_for
 from .train import StepReport
-
-if TYPE_CHECKING:
-    from .face import Face, Finder
 
 Photo = Any  # a path, bytes, a PIL image or an array
 Method = Callable[..., Generator[StepReport, None, Identity]]  # (data, config, preview=..., preview_every=...)
@@ -241,7 +239,10 @@ class Personalizer:
         if photos == 1:
             return self.pick(image, domain, face)
         try:
-            return self.pick(image, domain, face if len(self.finder_of(domain).detect(image)) > 1 else None)
+            try:
+                return self.pick(image, domain)
+            except SeveralFaces:
+                return self.pick(image, domain, face)
         except MetaLoraError as error:
             raise MetaLoraError(f"Photo {number} of {photos}: {error}") from error
 
