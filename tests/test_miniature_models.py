@@ -542,7 +542,16 @@ def test_the_captioner_writes_words_of_the_vocabulary(assets: Path):
 def test_a_base_that_has_learnt_guidance_is_preferred_and_used_with_it(data: Path, work: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(base_training, "PREVIEW_STEPS", 1)
     folder = shutil.copytree(work, tmp_path / "work")
-    base_training.train_base(Job(data=(data,), work=folder, minutes=1, steps=1, batch_size=4, model=TOY), distill=True, compiled=False)
+
+    def distilled() -> dict[str, torch.Tensor]:
+        base_training.train_base(Job(data=(data,), work=folder, minutes=1, steps=1, batch_size=4, model=TOY), distill=True, compiled=False)
+        return load_file(folder / "base-guided" / "model.safetensors")
+
+    first = distilled()
+    (folder / "base-guided" / "checkpoint.pt").unlink()
+    save_file({name: torch.zeros_like(value) for name, value in first.items()}, folder / "base-guided" / "model.safetensors")
+    again = distilled()  # it begins from the base, whatever result of an earlier one lies there
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
     assembly.assemble(folder, tmp_path / "assets")
     settings = json.loads((tmp_path / "assets" / "miniature" / "metalora.json").read_text())
     assert settings["guidance"] == assembly.GUIDANCE and settings["train_guidance"] == 1.0

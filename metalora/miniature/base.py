@@ -372,7 +372,7 @@ def train_base(job: Job, distill: bool = False, compiled: bool = True) -> dict:
         for each in [denoiser, *([teacher] if distill else [])]:
             compile_blocks(each.transformer)
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(name, denoiser, folder, config, helper)
+    trainer = Trainer(name, denoiser, folder, config, helper, afresh=distill)  # an older result is of another first phase
     watch = _watcher(denoiser, job, folder, lambda: validation_loss(denoiser, validation, unseen),
                      (1.0, 2.5) if distill else (1.0,))
     with compiling("train on a machine with a GPU"):

@@ -172,9 +172,10 @@ class Trainer:
         name: shown in the progress lines; the checkpoint is `folder`/checkpoint.pt.
         module: holds the weights that train and are the result.
         helper: trains along and is thrown away in the end.
+        afresh: begins from the module as it is, also where a result is left.
     """
 
-    def __init__(self, name: str, module: nn.Module, folder: Path, config: TrainingConfig, helper: nn.Module | None = None):
+    def __init__(self, name: str, module: nn.Module, folder: Path, config: TrainingConfig, helper: nn.Module | None = None, afresh: bool = False):
         self.name, self.module, self.folder, self.config = name, module, Path(folder), config
         self.all = module if helper is None else nn.ModuleList([module, helper])
         parameters = [parameter for parameter in self.all.parameters() if parameter.requires_grad]
@@ -186,7 +187,7 @@ class Trainer:
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
         self.unread: list[torch.Tensor] = []  # losses of the last steps
         self.earlier: dict[str, float] = {}
-        self._resume()
+        self._resume(afresh)
 
     @property
     def progress(self) -> float:
@@ -316,10 +317,10 @@ class Trainer:
         torch.save(state, beside)
         os.replace(beside, self.folder / "checkpoint.pt")
 
-    def _resume(self) -> None:
+    def _resume(self, afresh: bool) -> None:
         path, result = self.folder / "checkpoint.pt", self.folder / "model.safetensors"
         if not path.exists():
-            if result.exists():
+            if result.exists() and not afresh:
                 self._load(self.module, load_file(result), result)
                 self.averages = Averages(self.parameters, self.config.ema)
                 before = read_figures(self.folder)
