@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .config import DEFAULT_BASE
-from .errors import MetaLoraError
+from .errors import MetaLoraError, naming
 from .processes import here
-from .terminal import Result, Unfinished, check_file, check_folder, command, finish, launch, naming, pair
+from .terminal import Result, Unfinished, check_file, check_folder, command, finish, launch, pair
 
 if TYPE_CHECKING:
     from .base import Base
@@ -195,10 +195,7 @@ def meta_train(
 ) -> Result:  # fmt: skip
     """Learn the Meta-Down of a domain; stopped, it goes on from its last checkpoint. Also under accelerate launch."""
     check_folder(output)
-    from .files import is_complete
-
-    if is_complete(output):
-        raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
+    _check_free(output)
     if begin and directions:
         raise MetaLoraError("--from and --directions both say where to begin; leave out one of them.")
     from . import hub
@@ -252,10 +249,9 @@ def convert(
 ) -> Result:  # fmt: skip
     """Make a Meta-Down of weights that other code published; layers are found by name, then by shape and order."""
     from . import hub
-    from .files import check_tensors, is_complete
+    from .files import check_tensors
 
-    if is_complete(output):
-        raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
+    _check_free(output)
     check_tensors(source, "a foreign adapter")
     _fetched(lambda seen: hub.base_folder(base, on_fetch=seen))
     from .foreign import convert
@@ -325,6 +321,13 @@ def doctor(
 
     found = examine(base, meta_down, memory or [])
     return found, lines(found)
+
+
+def _check_free(output: Path) -> None:
+    from .files import is_complete
+
+    if is_complete(output):
+        raise MetaLoraError(f"{output} holds a Meta-Down already; choose another output folder.")
 
 
 def _fetched(get: Callable[[OnFetch], Any]) -> Any:

@@ -13,6 +13,15 @@ class Cancelled(Exception):
 
 
 @contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Around what is done with one of several: the sentence of a fault begins with which it is."""
+    try:
+        yield
+    except MetaLoraError as error:
+        raise MetaLoraError(f"{what}: {error}") from error
+
+
+@contextmanager
 def compiling(otherwise: str) -> Iterator[None]:
     """Around what ``torch.compile`` compiles: MetaLoraError where a CPU has no C++ compiler for it, with what to do ``otherwise``."""
     try:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 UPDATE_EVERY = 1.0  # seconds between two looks of the progress card; on two cores a browser that draws it four times as often makes learning half as long again
 DOMAINS = ("woman", "man")  # that the page begins with, and all there are to choose from without a Meta-Down
 CONTROLS = 7  # that a base's settings set
-LARGEST = 4  # times the pixels that the base is made for: a picture takes the memory and the time of all
+LARGEST = 2  # times the base's own width and height: a picture takes the memory and the time of all
 OURS = "Something went wrong on our side; the log of the app says what. Please try again."
 PREVIEWS = 12  # pictures of the likeness on its way, over a whole learning
 SHOWN_AS_THEY_ARE = {".jpg", ".jpeg", ".png", ".webp"}  # what every browser can show
@@ -83,7 +83,8 @@ class Handlers:
         """
         opening = self.studio.open()
         yield from self._follow(opening)
-        yield self._greeting(opening)
+        fault = opening.exception()
+        yield self._fault(fault) if fault else self._greeting(opening.result())
 
     def unlock(self, token: str):
         """Fetch the base with a token of the user's, which is for this download only and kept nowhere; then greet. The field is emptied at once.
@@ -117,11 +118,8 @@ class Handlers:
             fault = MetaLoraError(OURS)
         return [cards.status(str(fault), "fault"), *[gr.skip()] * CONTROLS, *_access(isinstance(fault, NoAccess))]
 
-    def _greeting(self, opening: Future[Personalizer]) -> list:
-        if fault := opening.exception():
-            return self._fault(fault)
+    def _greeting(self, personalizer: Personalizer) -> list:
         try:
-            personalizer = opening.result()
             domains = personalizer.domains or list(DOMAINS)
             domain = DOMAINS[0] if DOMAINS[0] in domains else domains[0]
             config = personalizer.adapt_config(domain)
@@ -240,8 +238,9 @@ class Handlers:
             if learnt is None:
                 raise MetaLoraError("Learn a person first, or load an identity file.")
             order = Order(prompt, int(count), int(seed or 0), int(steps), float(guidance), parse_size(size), float(strength))
-            if math.prod(order.size) > LARGEST * (most := self.studio.settings.resolution) ** 2:
-                raise MetaLoraError(f"Pictures here have at most {2 * most}x{2 * most} pixels; choose a smaller size.")
+            most = LARGEST * self.studio.settings.resolution
+            if math.prod(order.size) > most**2:
+                raise MetaLoraError(f"Pictures here have at most {most}x{most} pixels; choose a smaller size.")
         scored, held_out = learnt.photos is not None, 0 if learnt.held_out is None else len(learnt.held_out)
         pictures, shown, summary = [], [], cards.line("Nothing was made.")
         yield [gr.skip(), cards.line("starting"), gr.skip(), *busy]

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 from .config import SETTINGS_FILE
 from .errors import MetaLoraError
 from .files import CARD, CONFIG, PREDICTOR, START, TENSORS, disk_sentence, is_complete
+from .licence import is_hub_id
 
 CATALOG = Path(__file__).with_name("catalog.json")
 PIPELINE_FILES = [
@@ -163,27 +164,16 @@ def _part_is_complete(part: Path) -> bool:
     return all((part / shard).is_file() for shard in shards) and (not needs_weights or any(part.glob("*.safetensors")))
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a repository on the Hub may be called so: owner/model."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
-
-
 def fetch(
     name: str, files: list[str], complete: Callable[[Path], bool], download: bool = True, on_fetch: OnFetch | None = None, token: str | None = None,
     before: Before | None = None,
 ) -> Path:  # fmt: skip
     """Folder of a Hub repository's snapshot that holds `files`; `complete(folder)` says whether the cache has all of them."""
-    if not is_hub_id(name.partition("@")[0]) or not re.fullmatch(r"[^@]+(@[\w./-]+)?", name):
+    repo, at, revision = name.partition("@")
+    if not is_hub_id(repo) or (at and not re.fullmatch(r"[\w./-]+", revision)):
         if Path(name).is_absolute():
             raise MetaLoraError(f"There is no folder {name}; check the spelling, or get the project's files afresh.")
         raise MetaLoraError(f"There is no folder {name}, and it is no Hub name either (those read owner/model); check the spelling.")
-    repo, _, revision = name.partition("@")
 
     def cached(*but: str) -> Path | None:
         folder = _cached(repo, revision or None, [file for file in files if file not in but])
@@ -240,15 +230,16 @@ def _soon(ask: Callable[[], Answer]) -> Answer:
     The client's own limits do not say how long: each address of a host has its own, and the search for the addresses has none.
     """
     answer: Future[Answer] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(ask())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=fulfil, args=(answer, ask), daemon=True).start()
     return answer.result(ANSWER_WITHIN)
+
+
+def fulfil(promise: Future[Answer], work: Callable[[], Answer]) -> None:
+    """Do the work in this thread, and give what comes of it, a fault too, to whoever waits for the promise."""
+    try:
+        promise.set_result(work())
+    except BaseException as error:
+        promise.set_exception(error)
 
 
 def _fetch_blobs(repo: str, commit: str, files: dict[str, Any], on_fetch: OnFetch | None, token: str | None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 FLUX_DEV = "FLUX.1-dev"
 # The notice that section 3 of the FLUX.1 [dev] Non-Commercial License wants with every derivative, word for word.
 FLUX_NOTICE = (
@@ -12,6 +10,17 @@ FLUX_NOTICE = (
     "OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH USE OF THIS MODEL."
 )
 FLUX_TERMS = "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a repository on the Hub may be called so: owner/model."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def is_flux_dev(base: str) -> bool:
@@ -27,7 +36,7 @@ def header(base: str) -> dict[str, str]:
 def front_matter(base: str, own: str = "other") -> str:
     """The lines about the licence in the head of a card, and about the base, where it is one of the Hub: the Hub takes no other name there."""
     repo = base.partition("@")[0]
-    of_base = f"\nbase_model: {repo}" if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) else ""
+    of_base = f"\nbase_model: {repo}" if is_hub_id(repo) else ""
     lines = f"license: other\nlicense_name: flux-1-dev-non-commercial-license\nlicense_link: {FLUX_TERMS}" if is_flux_dev(base) else f"license: {own}"
     return lines + of_base
 

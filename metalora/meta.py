@@ -150,8 +150,9 @@ def _begin(
         downs = yield from leading_directions(base, first, bucket, shape, config, clock, share)
     else:
         downs = random_downs(base.transformer, shape, torch.Generator().manual_seed(config.seed))
-    if config.start_rate == 0 or (given and given.start):
-        return _State(downs, {}, start=given.start if given else {})
+    start = given.start if given else {}
+    if start or config.start_rate == 0:
+        return _State(downs, {}, start=start)
     with attach(base.transformer, downs, shape) as one:
         one.start(torch.Generator().manual_seed(hash((config.seed, 3)) % 2**63))
         return _State(downs, {}, start=one.factors())

@@ -20,7 +20,7 @@ from . import cache, hub, phrases
 from .base import OUT_OF_MEMORY, Base, choice_for
 from .clip import Clip
 from .config import DEFAULT_BASE, FACE, AdaptConfig
-from .errors import MetaLoraError
+from .errors import MetaLoraError, naming
 from .face import Face, Finder, SeveralFaces
 from .generate import GenerateConfig, Person, generate, render, unload_people
 from .identity import ExportFormat, Identity
@@ -238,13 +238,11 @@ class Personalizer:
         """The face of photo `number`. Of several photos, of which one may show a face alone, `face` is for those that show more."""
         if photos == 1:
             return self.pick(image, domain, face)
-        try:
+        with naming(f"Photo {number} of {photos}"):
             try:
                 return self.pick(image, domain)
             except SeveralFaces:
                 return self.pick(image, domain, face)
-        except MetaLoraError as error:
-            raise MetaLoraError(f"Photo {number} of {photos}: {error}") from error
 
     def _encode(self, images: Sequence[Image.Image], faces: Sequence[Face], domain: str, config: AdaptConfig) -> cache.TrainingSet:
         settings, whole = self.base.settings, self.finder_of(domain).whole

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from .errors import MetaLoraError
 from .files import CARD
-from .hub import META_DOWN_FILES, is_hub_id, plain_faults
+from .hub import META_DOWN_FILES, plain_faults
 from .identity import Identity
-from .licence import front_matter, notice
+from .licence import front_matter, is_hub_id, notice
 from .metadown import MetaDown
 
 IDENTITY_FILE = "identity.safetensors"

@@ -262,10 +262,7 @@ def _in_background(work: Callable[..., Any], *given: Any) -> Future:
 def _at_once(work: Callable[[], Any]) -> Future:
     """Done in this thread: ZeroGPU sees only what the thread that imports puts onto the GPU."""
     done: Future = Future()
-    try:
-        done.set_result(work())
-    except BaseException as error:
-        done.set_exception(error)
+    hub.fulfil(done, work)
     return done
 
 

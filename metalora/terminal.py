@@ -18,7 +18,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +82,6 @@ def _end(sentence: str, code: int, as_json: bool, result: dict[str, Any] | None 
     if as_json and process.first:
         print(json.dumps({"error": sentence, **(result or {})}), flush=True)
     raise typer.Exit(code) from None
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Around what is done with a photo: the sentence of a fault begins with the file's name, for there are several."""
-    try:
-        yield
-    except MetaLoraError as error:
-        raise MetaLoraError(f"{path}: {error}") from error
 
 
 def finish(run: Generator, show: Callable[[Any], object]) -> Any:
