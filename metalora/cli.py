@@ -238,7 +238,7 @@ def meta_train(
     for kept in (output / CHECKPOINT, *output.glob(HEADS.format("*"))):
         kept.unlink(missing_ok=True)
     result = {"output": str(output), "domain": domain, "people": found.training["subjects"], "sha256": found.sha256, "steps": found.training["steps"]}
-    return result, f"{output}: the Meta-Down of {found.training['subjects']} people of the domain {domain}"
+    return result, f"{output}: the Meta-Down of {found.training['subjects']} subjects of the domain {domain}"
 
 
 @command

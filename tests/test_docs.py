@@ -1,7 +1,8 @@
-"""What the documents say can be followed: their links lead somewhere, and their commands take the options that they are given."""
+"""What the documents say can be followed: links lead somewhere, commands take the options that they are given, tables are what was measured."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from typer.main import get_command
 
 import metalora.cli  # noqa: F401  it adds the commands
+from metalora.miniature.measure import rows
 from metalora.terminal import app
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +29,12 @@ def commands() -> list[str]:
     return re.findall(r"^ {4}.*-m metalora (.+)$", text, re.MULTILINE)
 
 
+def tables() -> list[tuple[str, str]]:
+    """The tables that say in a comment which measured figures they hold: the file's name, and the lines."""
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
+    return re.findall(r"^<!-- (\S+\.json) -->\n\n((?:\|.+\n)+)", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
     links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text())
@@ -42,3 +50,13 @@ def test_commands_take_their_options(line):
     name, *words = shlex.split(line)
     known = {option for parameter in get_command(app).commands[name].params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize(("name", "lines"), tables(), ids=lambda value: value if value.endswith(".json") else "")
+def test_tables_are_what_was_measured(name, lines):
+    measured = json.loads((ROOT / "assets/evaluation" / name).read_text())
+    assert lines.replace("**", "").splitlines() == list(rows(measured))
+
+
+def test_there_are_tables_that_are_compared():
+    assert "people.json" in dict(tables())

@@ -37,7 +37,7 @@ from metalora.miniature.people import HELD_OUT, person, scene
 from metalora.miniature.pipeline import MiniatureConfig, Spelling, build_pipeline, clip_tokenizer, save_pipeline, t5_tokenizer
 from metalora.miniature.shards import draw_captioned, load_shards
 from metalora.miniature.training import Draws, Job, Trainer, TrainingConfig, in_bfloat16, write_result
-from metalora.miniature.vae import load_vae, random_crops, train_decoder, train_vae, trained_vae, vae_loss
+from metalora.miniature.vae import deeper, encode, random_crops, train_refined, train_vae, trained_vae, vae_loss
 from metalora.prompts import Captioner
 from tests.conftest import TINY, in_processes, state_hash
 
@@ -453,16 +453,20 @@ def test_a_training_without_its_checkpoint_goes_on_from_its_result(tmp_path: Pat
     assert again.step == 2 and again.earlier == {"samples": 110, "minutes": 6.0}
 
 
-def test_the_decoder_alone_goes_on_and_latents_stay(data: Path, work: Path, tmp_path: Path):
+def test_a_refined_autoencoder_is_deeper_and_its_latents_stay_near(data: Path, work: Path, tmp_path: Path):
     folder = shutil.copytree(work, tmp_path / "work")
-    job = Job(data=(data,), work=folder, minutes=1, steps=3, batch_size=2, model=TOY)
-    figures = train_decoder(job)
-    before, after = (load_file(folder / name / "model.safetensors") for name in ("vae", "vae-decoder"))
-    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {"decoder"} and figures["psnr_db"] > 0
-    assert state_hash(trained_vae(job)) == state_hash(load_vae(TOY, after, figures))
+    job = Job(data=(data,), work=folder, minutes=1, steps=3, batch_size=2, model=replace(TOY, vae_layers_per_block=2))
+    first, images = trained_vae(job), load_shards(data).images[:4]
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(encode(first, images), encode(deeper(first, job.model), images), strict=True))
+    figures = train_refined(job, compiled=False)
+    after = trained_vae(job)
+    assert after.config.layers_per_block == 2 and after.config.scaling_factor == first.config.scaling_factor and figures["psnr_db"] > 0
+    moved = (encode(first, images)[0] - encode(after, images)[0]).square().mean() * first.config.scaling_factor**2
+    assert 0 < moved < 0.2
     assembly.assemble(folder, tmp_path / "assets")
-    assert "vae-decoder" in json.loads((tmp_path / "assets" / "miniature" / "training.json").read_text())
+    assert "vae-refined" in json.loads((tmp_path / "assets" / "miniature" / "training.json").read_text())
+    assembly.disassemble(tmp_path / "assets", tmp_path / "again")
+    assert trained_vae(replace(job, work=tmp_path / "again")).config.layers_per_block == 2
 
 
 # Assets
@@ -480,6 +484,17 @@ def test_assets_come_apart_as_what_they_were_made_of(assets: Path, work: Path, t
     assert sizes["all"] == pytest.approx(sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) / 1e6, abs=0.01)
     with pytest.raises(MetaLoraError, match="has a training .* already; choose another folder"):
         assembly.disassemble(assets, tmp_path / "again")
+
+
+def test_on_other_people_a_recogniser_begins_with_names_where_their_pictures_lie(data: Path):
+    torch.manual_seed(0)
+    shards = load_shards(data)
+    task = recogniser.NamingTask(recogniser.Recogniser(), recogniser.Names(len(shards.persons.unique())), shards, batch_size=8)
+    task.place_names()
+    found = torch.nn.functional.normalize(task.recogniser.embed(task.crops(torch.arange(len(shards)), torch.Generator().manual_seed(1))))
+    cosines = found.detach() @ torch.nn.functional.normalize(task.names.directions.detach()).T  # (pictures, people)
+    own = torch.nn.functional.one_hot(task.labels).bool()
+    assert cosines[own].mean() > cosines[~own].mean() + 0.05
 
 
 def test_the_recogniser_goes_on_from_the_assets(assets: Path, work: Path, data: Path, tmp_path: Path):

@@ -21,7 +21,7 @@ from metalora.errors import MetaLoraError
 from metalora.miniature.pipeline import MiniatureConfig
 from metalora.miniature.training import Job
 
-TRAININGS = {"vae": ("vae", "train_vae"), "vae-decoder": ("vae", "train_decoder"), "clip": ("clip", "train_clip"), "base": ("base", "train_base"),
+TRAININGS = {"vae": ("vae", "train_vae"), "vae-refined": ("vae", "train_refined"), "clip": ("clip", "train_clip"), "base": ("base", "train_base"),
              "attributes": ("attributes", "train_attributes"),
              "face-detector": ("detector", "train_detector"), "face-recogniser": ("recogniser", "train_recogniser"),
              "likeness": ("likeness", "train_likeness")}
@@ -33,7 +33,7 @@ ELSEWHERE = {"make": "all that follows, one after another",
              "attribute-check": "how much of what captions name is in the pictures that a base draws",
              "measure": "the tables of learnt people and mugs, each with one command",
              "meta-down": "stage 1: learn the Meta-Down of a domain on the assembled base"}
-MINUTES = {"vae": 30, "vae-decoder": 30, "clip": 12, "base": 180, "attributes": 12, "face-detector": 8, "face-recogniser": 14, "likeness": 30}
+MINUTES = {"vae": 30, "vae-refined": 30, "clip": 12, "base": 180, "attributes": 12, "face-detector": 8, "face-recogniser": 14, "likeness": 30}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -32,7 +32,7 @@ from metalora.miniature.likeness import build_processor as build_dino_processor
 from metalora.miniature.likeness import trained_dino
 from metalora.miniature.pipeline import MiniatureConfig, clip_tokenizer, make_readable, save_pipeline, write_settings
 from metalora.miniature.training import Job, read_figures, write_result
-from metalora.miniature.vae import DECODER
+from metalora.miniature.vae import REFINED
 
 KEPT = (ATTRIBUTES, "face-detector", "face-recogniser")  # trainings whose weights are in no other asset, or as ONNX alone
 MOST_MEGABYTES = 60.0  # of all assets together, so that the project stays a quick download
@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
     "adapt": {"steps": 80, "learning_rate": 5e-3, **LEARNING},
     "plain": {"steps": 375, "learning_rate": 1e-2, **LEARNING},
     # Directions alone: rounds after them, with what follows here, gain nothing for people of such a rank.
-    "meta": {"direction_people": 150, "batch_size": 32, "background": 0.1, "flow": {"logit_mean": 0.5},
+    "meta": {"direction_people": 400, "batch_size": 32, "background": 0.1, "flow": {"logit_mean": 0.5},
              "rounds": 0, "bucket_size": 96, "bucket_steps": 100, "warmup_steps": 30, "learning_rate": 2e-3, "down_learning_rate": 2e-4},
 }
 COMMON = ("command", "seed", "training", "model", "steps", "samples", "minutes", "loss", "torch", "device", "earlier")  # of every result.json
@@ -77,7 +77,7 @@ def read_parts(work: Path) -> Parts:
     Raises:
         MetaLoraError: some have not finished, or were trained at other sizes than the rest.
     """
-    more = [name for name in (DECODER, "base-guided", LIKENESS, ATTRIBUTES) if (work / name / "result.json").exists()]
+    more = [name for name in (REFINED, "base-guided", LIKENESS, ATTRIBUTES) if (work / name / "result.json").exists()]
     needed = ["vae", "clip", "base", *more, "face-detector", "face-recogniser"]
     missing = [name for name in needed if not (work / name / "result.json").exists()]
     if missing:
@@ -93,7 +93,7 @@ def read_parts(work: Path) -> Parts:
 
 def _sizes(name: str, figures: dict[str, Any]) -> list[str]:
     """The sizes of the miniature that a training has to share with the base's."""
-    own = {"vae": ("vae_", "latent_"), DECODER: ("vae_", "latent_"), "clip": ("clip_",), "base": ("",), "base-guided": ("",)}
+    own = {"vae": ("vae_widths", "latent_"), REFINED: ("vae_widths", "latent_"), "clip": ("clip_",), "base": ("",), "base-guided": ("",)}
     return [size for size in figures["model"] if size == "size" or size.startswith(own.get(name, ("-",)))]
 
 
@@ -103,7 +103,7 @@ def write_miniature(parts: Parts, folder: Path) -> None:
     guided = {"guidance": GUIDANCE} if parts.base == "base-guided" else {}
     phrases = {"caption_phrases": caption_phrases(), "asked_phrases": asked_phrases(), "thing_phrases": thing_phrases(), "prompt_phrases": prompt_phrases()}
     write_settings(folder, parts.config, TRIGGER, **phrases, **guided, **SETTINGS)
-    _describe(folder, MINIATURE_CARD, parts.pick("vae", DECODER, "clip", "base", "base-guided"), size=parts.config.size)
+    _describe(folder, MINIATURE_CARD, parts.pick("vae", REFINED, "clip", "base", "base-guided"), size=parts.config.size)
 
 
 def write_clip(parts: Parts, folder: Path) -> None:
@@ -195,7 +195,9 @@ def disassemble(assets: Path, work: Path) -> list[str]:
     pipeline = FluxPipeline.from_pretrained(assets / "miniature", dtype=torch.float32)
     base = Denoiser(pipeline, 0)
     clip = CLIPModel.from_pretrained(assets / "clip", dtype=torch.float32)
-    weights: dict[str, nn.Module | dict[str, torch.Tensor]] = {"vae": pipeline.vae, DECODER: pipeline.vae, "clip": clip, "base": base, "base-guided": base}
+    if REFINED in figures:
+        figures["vae"]["model"] = figures[REFINED]["model"]  # of the weights that it has now
+    weights: dict[str, nn.Module | dict[str, torch.Tensor]] = {"vae": pipeline.vae, REFINED: pipeline.vae, "clip": clip, "base": base, "base-guided": base}
     if LIKENESS in figures:
         weights[LIKENESS] = Dinov2Model.from_pretrained(assets / "dino", dtype=torch.float32)
     onnx = {"face-detector": DETECTOR_FILE, "face-recogniser": RECOGNISER_FILE}

@@ -177,7 +177,7 @@ def main(arguments: list[str]) -> None:
                                 f"train one on pictures rendered with --size {base.settings.resolution}.")
         found, faces, sheet = check_base(classifier, base, given.pictures, given.guidance, given.seed)
         if given.sheet:
-            sheet.save(given.sheet)
+            sheet.save(given.sheet, quality=92)  # where it is a JPEG
         print("\n".join(_table(found)))
         print("faces: {found:.1%} found, kernel distance from true ones {kernel_distance}, of two halves of these {of_true_halves}".format(**faces))
         found["faces"] = faces

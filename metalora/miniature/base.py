@@ -31,17 +31,18 @@ from metalora.miniature.clip import trained_clip
 from metalora.miniature.features import Latents, cached, encode_latents, encode_patches
 from metalora.miniature.pipeline import Spelling, build_pipeline
 from metalora.miniature.shards import Batch, Shards, draw_captioned, load_shards
-from metalora.miniature.training import Job, Trainer, generator_on, products, read_result, write_result
+from metalora.miniature.training import Job, Trainer, compile_options, generator_on, products, read_result, write_result
 from metalora.miniature.vae import trained_vae
 from metalora.train import send
 
 TRIGGER_SHARE = 0.15  # so that "sks woman" means nobody in particular before it is bound to a person
 DROPPED_SHARE = 0.1
 GUIDANCE_RANGE = (1.0, 4.0)
+GUIDED_BELOW = 0.85  # the noise level from which on the teacher is guided
 TRUE_SHARE = 0.3  # of the rows of a guidance batch, those that go on learning from pictures at guidance 1
 VALIDATION_PICTURES, VALIDATION_SIGMAS = 256, 4
 ALIGNMENT_WEIGHT = 0.5
-FACE_WEIGHT = 3.0  # of a face's cells in the loss: hair, cloth and places are most of a picture and of its detail
+FACE_WEIGHT = 4.0  # of a face's cells in the loss: hair, cloth and places are most of a picture and of its detail
 PREVIEW_STEPS = 20
 PREVIEW_PROMPTS = (
     "a photo of a woman", "a photo of a man", "a photo of sks woman, in a green park", "a photo of sks man, at the beach",
@@ -168,12 +169,8 @@ def small_products(device: torch.device) -> Iterator[None]:
 
 
 def compile_blocks(transformer: FluxTransformer2DModel) -> None:
-    """Compiles every kind of block, in one piece.
-
-    On a CPU with AMX vectors are of 256 bits: in those of 512, PyTorch 2.13's code for bfloat16 makes the gradients of queries and keys NaN.
-    """
-    narrow = {"cpp.simdlen": 256} if transformer.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else None
-    transformer.compile_repeated_blocks(fullgraph=True, options=narrow)
+    """Compiles every kind of block, in one piece."""
+    transformer.compile_repeated_blocks(fullgraph=True, options=compile_options(transformer.device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +239,8 @@ class GuidanceTask(Task):
     """The second phase: the guided velocity of a frozen teacher, for guidance that the model is told.
 
     Part of each batch goes on with the first phase's loss, so that guidance 1 keeps learning from pictures.
-    Source: "On Distillation of Guided Diffusion Models" (Meng et al. 2023), its first stage.
+    Source: "On Distillation of Guided Diffusion Models" (Meng et al. 2023), its first stage; at the highest noise levels, where
+    guidance costs variety and likeness to pictures, the teacher is not guided (arXiv 2404.07724).
     """
 
     teacher: Denoiser
@@ -278,7 +276,8 @@ class GuidanceTask(Task):
         nothing = states[:1].expand_as(states[1:]), pooled[:1].expand_as(pooled[1:])
         free = self.teacher.velocity(noisy, sigma, nothing, ones)
         told = self.teacher.velocity(noisy, sigma, (states[1:], pooled[1:]), ones)
-        return free + guidance.view(-1, 1, 1, 1) * (told - free)
+        weight = torch.where(sigma < GUIDED_BELOW, guidance, 1.0)
+        return free + weight.view(-1, 1, 1, 1) * (told - free)
 
 
 @torch.no_grad()

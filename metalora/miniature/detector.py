@@ -15,7 +15,7 @@ from torch import nn
 
 from metalora.miniature.facepack import DETECTOR_FILE, Analyser, disturbed, export_onnx, overlaps
 from metalora.miniature.shards import Shards, load_shards
-from metalora.miniature.training import Job, Trainer, write_result
+from metalora.miniature.training import Job, Trainer, products, write_result
 from metalora.train import send
 
 STRIDES, ANCHORS = (8, 16, 32), 2
@@ -24,6 +24,7 @@ RADIUS = 0.75  # a cell is to find a face whose centre is within so many strides
 CANVASES = (128, 160)
 EMPTY_SHARE = 0.12
 CHECKED_CANVASES = 300
+KEYPOINTS = 16.0  # what their distance weighs in the loss: faces are aligned by them, and a recogniser errs more where they do
 
 
 def _block(channels_in: int, channels: int, stride: int) -> nn.Sequential:
@@ -175,8 +176,10 @@ def box_overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def detector_loss(detector: Detector, images: torch.Tensor, canvases: list[Canvas]) -> torch.Tensor:
     """Focal loss of the scores, overlap of the boxes, distance of the keypoints in box sizes."""
     total, positives = torch.zeros(()), 0
-    for level, (scores, boxes, points) in enumerate(detector.levels(images)):
-        scores, boxes, points = scores.cpu(), boxes.cpu(), points.cpu()  # where the targets are made
+    with products(images.device):
+        levels = detector.levels(images)
+    for level, maps in enumerate(levels):
+        scores, boxes, points = (each.float().cpu() for each in maps)  # where the targets are made
         stride = STRIDES[level]
         assigned = [assign(canvas, level) for canvas in canvases]
         faces = torch.stack([face for face, _ in assigned]).repeat_interleave(ANCHORS, dim=1)  # (n, cells * 2)
@@ -198,7 +201,7 @@ def detector_loss(detector: Detector, images: torch.Tensor, canvases: list[Canva
         total = total + (boxes[rows, cells] - distances).abs().mean(dim=1).sum() * 0.1
         size = (true_box[:, 2:] - true_box[:, :2]).mean(dim=1, keepdim=True) / stride
         offsets = (true_points - centre[:, None]).flatten(1) / stride
-        total = total + ((points[rows, cells] - offsets).abs() / size).mean(dim=1).sum() * 8
+        total = total + ((points[rows, cells] - offsets).abs() / size).mean(dim=1).sum() * KEYPOINTS
     return total / max(positives, 1)
 
 

@@ -47,7 +47,7 @@ class Residual(nn.Module):
 class Recogniser(nn.Module):
     """Crops (n, 3, 112, 112) in [-1, 1] to embeddings (n, 512) of any length.
 
-    A face of the miniature is some forty pixels wide, so the crop is halved at once; `embed` takes it at that size.
+    A face of the miniature is some fifty pixels wide, so the crop is halved at once; `embed` takes it at that size.
     """
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 128), last: int = 24):
@@ -131,6 +131,16 @@ class NamingTask:
         crops[grey] = crops[grey].mean(dim=1, keepdim=True)
         return disturbed(crops, generator)
 
+    @torch.no_grad()
+    def place_names(self) -> None:
+        """Points each direction where the pictures of the person lie by now, for a recogniser that has learnt on others before."""
+        generator, found = torch.Generator().manual_seed(0), []
+        for chosen in torch.arange(len(self.shards)).split(self.batch_size):
+            with products(self.names.directions.device):
+                found.append(F.normalize(self.recogniser.embed(self.crops(chosen, generator)).float()))
+        sums = torch.zeros_like(self.names.directions).index_add_(0, send(self.labels, self.names.directions.device), torch.cat(found))
+        self.names.directions.copy_(F.normalize(sums) * self.names.directions.norm(dim=1, keepdim=True))
+
     def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Crops and whose they are."""
         chosen = torch.randint(len(self.shards), (self.batch_size,), generator=generator)
@@ -181,6 +191,8 @@ def train_recogniser(job: Job) -> dict:
     config = job.training(learning_rate=4e-3, batch_size=64, weight_decay=0.05, ema=0.995, clip_norm=5.0)
     task = NamingTask(recogniser, names, training, config.batch_size)
     trainer = Trainer("face-recogniser", recogniser, folder, config, helper=names)
+    if trainer.earlier and not trainer.step:
+        task.place_names()
     result = trainer.run(lambda drawn: task.loss(drawn, trainer.progress), draw=task.draw)
     export_recogniser(recogniser.eval().cpu(), folder)
     figures = job.figures(result, config) | {"people": len(names.directions), "pictures": len(training)}

@@ -29,7 +29,7 @@ EXPRESSIONS = {
     "angry": dict(browDownLeft=1.4, browDownRight=1.4, eyeSquintLeft=0.3, eyeSquintRight=0.3, noseSneerLeft=0.45,
                   noseSneerRight=0.45, mouthPressLeft=0.5, mouthPressRight=0.5, mouthFrownLeft=0.4, mouthFrownRight=0.4),
     "sad": dict(eyeWideLeft=0.2, eyeWideRight=0.2, browInnerUp=1.1, mouthFrownLeft=0.9, mouthFrownRight=0.9, eyeSquintLeft=0.15, eyeSquintRight=0.15)}
-PIVOT, CAMERA_DISTANCE, TARGET, HALF_FRAME = (0.0, -0.02, 0.615), 1.25, (0.0, -0.05, 0.663), 0.168
+PIVOT, CAMERA_DISTANCE, TARGET, HALF_FRAME = (0.0, -0.02, 0.615), 1.25, (0.0, -0.05, 0.655), 0.140
 SHADOW_SIZE, SHADOW_REACH = 128, 0.22
 # Template places of the five landmarks that recognisers align by: eyes and mouth corners as seen from the front.
 NOSE_TIP, MOUTH_CORNERS = (0.0, -0.165, 0.663), ((-0.025, -0.135, 0.632), (0.025, -0.135, 0.632))

@@ -20,4 +20,4 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     rows = [render([(who := person(seed), scene(who, k)) for k in range(given.scenes)], given.size)[0] for seed in seeds(given.people)]
     sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)  # (3, people * size, scenes * size)
-    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(given.output)
+    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(given.output, quality=92)  # where it is a JPEG

@@ -132,6 +132,14 @@ def in_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or bool(can.get("amx_bf16") or can.get("avx512_bf16"))
 
 
+def compile_options(device: torch.device) -> dict[str, Any] | None:
+    """What `torch.compile` is to be told for trainings.
+
+    On a CPU with AMX vectors are of 256 bits: in those of 512, PyTorch 2.13's code for bfloat16 makes the gradients of queries and keys NaN.
+    """
+    return {"cpp.simdlen": 256} if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else None
+
+
 def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
     """What draws on the device: on a CPU the generator itself, on a GPU one that it seeds."""
     if device.type == "cpu":
