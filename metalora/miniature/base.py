@@ -24,7 +24,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5EncoderModel
 
-from metalora.errors import compiling
 from metalora.generate import seeded
 from metalora.miniature.captions import vocabulary
 from metalora.miniature.clip import trained_clip
@@ -38,7 +37,7 @@ from metalora.train import send
 TRIGGER_SHARE = 0.15  # so that "sks woman" means nobody in particular before it is bound to a person
 DROPPED_SHARE = 0.1
 GUIDANCE_RANGE = (1.0, 4.0)
-GUIDED_BELOW = 0.85  # the noise level from which on the teacher is guided
+GUIDED_BELOW = 0.85  # the noise level under which the teacher is guided
 TRUE_SHARE = 0.3  # of the rows of a guidance batch, those that go on learning from pictures at guidance 1
 VALIDATION_PICTURES, VALIDATION_SIGMAS = 256, 4
 ALIGNMENT_WEIGHT = 0.5
@@ -374,8 +373,7 @@ def train_base(job: Job, distill: bool = False, compiled: bool = True) -> dict:
     trainer = Trainer(name, denoiser, folder, config, helper, afresh=distill)  # an older result is of another first phase
     watch = _watcher(denoiser, job, folder, lambda: validation_loss(denoiser, validation, unseen),
                      (1.0, 2.5) if distill else (1.0,))
-    with compiling("train on a machine with a GPU"):
-        result = trainer.run(task.loss, watch, task.draw)
+    result = trainer.run(task.loss, watch, task.draw)
     if trainer.is_first:
         watch(trainer)
     with torch.compiler.set_stance("force_eager"):

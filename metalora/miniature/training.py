@@ -18,7 +18,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from metalora.errors import MetaLoraError
+from metalora.errors import MetaLoraError, compiling
 from metalora.miniature.optimizer import Optimizer
 from metalora.miniature.pipeline import MiniatureConfig
 from metalora.train import Averages, sum_over_processes
@@ -231,7 +231,8 @@ class Trainer:
         torch.backends.cuda.enable_cudnn_sdp(False)  # for the reason that `Flux.prepare` tells; the process's too
         draws = Draws(lambda step: draw(self._generator(step)), ahead=self.device.type != "cpu")
         try:
-            return self._run(loss, watch, draws)
+            with compiling("train on a machine with a GPU"):
+                return self._run(loss, watch, draws)
         finally:
             draws.close()
             torch.backends.cuda.enable_cudnn_sdp(before)

@@ -13,7 +13,6 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from metalora.errors import compiling
 from metalora.miniature.pipeline import MiniatureConfig, build_vae
 from metalora.miniature.shards import Shards, load_shards
 from metalora.miniature.training import Job, Trainer, compile_options, generator_on, products, read_result, write_result
@@ -41,6 +40,11 @@ def random_crops(images: torch.Tensor, batch: int, size: int, generator: torch.G
     return to_floats(send(crops, device))  # a byte a number is sent
 
 
+def sampled(mean: torch.Tensor, log_variance: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A draw of the latents that have this mean and variance."""
+    return mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator_on(mean.device, generator), device=mean.device)
+
+
 def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Squared error, which is what PSNR measures, and a small KL term, both in float32."""
     images = images.to(vae.device)
@@ -48,10 +52,8 @@ def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generato
         moments = vae.encoder(images)
     mean, log_variance = moments.float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
-    noise = torch.randn(mean.shape, generator=generator_on(vae.device, generator), device=vae.device)
-    latents = mean + (0.5 * log_variance).exp() * noise
     with products(vae.device):
-        output = vae.decoder(latents)
+        output = vae.decoder(sampled(mean, log_variance, generator))
     output = output.float()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     return F.mse_loss(output, images) + KL_WEIGHT * kl
@@ -101,14 +103,12 @@ def trained_vae(job: Job) -> AutoencoderKL:
 
 def deeper(vae: AutoencoderKL, config: MiniatureConfig) -> AutoencoderKL:
     """The same autoencoder with as many layers a block as `config` says: those that are new add nothing yet."""
-    new = build_vae(config)
-    new.load_state_dict(vae.state_dict(), strict=False)
-    known = vae.state_dict()
+    new, known = build_vae(config), vae.state_dict()
+    new.load_state_dict(known, strict=False)
     for name, module in new.named_modules():
         if isinstance(module, ResnetBlock2D) and f"{name}.conv2.weight" not in known:
             nn.init.zeros_(module.conv2.weight)
             nn.init.zeros_(module.conv2.bias)
-    new.register_to_config(scaling_factor=vae.config.scaling_factor, shift_factor=vae.config.shift_factor)
     return new
 
 
@@ -140,16 +140,14 @@ def train_refined(job: Job, compiled: bool = True) -> dict:
     def loss(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         with products(vae.device):
             with torch.no_grad():
-                mean, log_variance = first.encoder(images).float().chunk(2, dim=1)
+                before = first.encoder(images).float()
             moments = vae.encoder(images).float()
-            noise = torch.randn(mean.shape, generator=generator_on(vae.device, generator), device=vae.device)
-            latents = moments[:, : mean.shape[1]]
-            output = vae.decoder(latents + (0.5 * log_variance).exp() * noise)
-        moved = scaling * (moments - torch.cat([mean, log_variance], dim=1))
+            (mean, _), (_, log_variance) = moments.chunk(2, dim=1), before.chunk(2, dim=1)
+            output = vae.decoder(sampled(mean, log_variance, generator))
+        moved = scaling * (moments - before)
         return F.mse_loss(output.float(), images) + ANCHOR * moved.square().mean()
 
-    with compiling("train on a machine with a GPU"):
-        return _train(job, REFINED, vae, 2e-3, loss, lambda _: {"scaling_factor": scaling, "shift_factor": first.config.shift_factor}, crop=job.model.size)
+    return _train(job, REFINED, vae, 2e-3, loss, lambda _: {"scaling_factor": scaling, "shift_factor": first.config.shift_factor}, crop=job.model.size)
 
 
 def _train(job: Job, name: str, vae: AutoencoderKL, learning_rate: float, loss: Callable[[torch.Tensor, torch.Generator], torch.Tensor],
