@@ -132,6 +132,7 @@ def _steps(
         flow_config=config.flow,
         max_grad_norm=config.max_grad_norm,
         rate=warmup(config.warmup_steps),
+        reworded=config.reworded,
         recorded=True,
     )
     with base.compiled() if config.compiled else nullcontext():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,6 +70,7 @@ class Route:
     """Which identity each row of the coming batch uses; all layers of an adapter share one."""
 
     rows: Tensor | None = None  # (batch,) int64; None: identity 0 for all
+    closed: bool = False  # nobody: the layers are as they are without the adapter
 
 
 class _Sum(torch.autograd.Function):
@@ -126,6 +128,8 @@ class ThreeFactorLinear(nn.Module):
         self.up = nn.Parameter(torch.zeros(count, base.out_features, config.rank, device=device))  # (n, d_out, r)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.route.closed:
+            return self.base(x)
         rows = self.route.rows
         mid, up = self.mid, self.up
         if rows is not None or len(mid) > 1:
@@ -190,6 +194,15 @@ class Adapter:
     def use_rows(self, rows: Tensor | None) -> None:
         """Row b of the coming batches uses identity rows[b]; None uses identity 0 for every row."""
         self._route.rows = rows
+
+    @contextmanager
+    def passed_over(self) -> Iterator[None]:
+        """The transformer is meanwhile as it is without the adapter."""
+        self._route.closed = True
+        try:
+            yield
+        finally:
+            self._route.closed = False
 
     @torch.no_grad()
     def start(self, generator: torch.Generator) -> None:

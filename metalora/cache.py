@@ -31,12 +31,17 @@ class TrainingSet:
     std: Tensor  # (k, tokens, channels)
     image_ids: Tensor  # (tokens, axes)
     text: Text  # of the m different captions
-    caption: Tensor  # (k,) int64, row of `text`
+    captions: Tensor  # (k, n) int64, rows of `text`: each picture's own, then others that it may be learnt under; see AdaptConfig.reworded
     subject: Tensor  # (k,) int64 in [0, n)
     weight: Tensor | None = None  # (k, tokens) how much each token counts in the loss; None: all the same
 
     def __len__(self) -> int:
         return len(self.mean)
+
+    @property
+    def caption(self) -> Tensor:
+        """(k,) int64, the row of `text` that is each picture's own."""
+        return self.captions[:, 0]
 
     @property
     def subjects(self) -> int:
@@ -45,7 +50,7 @@ class TrainingSet:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TrainingSet:
         """The same set on a device; latents stay float32, embeddings take `dtype`."""
-        tensors = {name: getattr(self, name) for name in ("mean", "std", "image_ids", "caption", "subject", "weight")}
+        tensors = {name: getattr(self, name) for name in ("mean", "std", "image_ids", "captions", "subject", "weight")}
         moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
         return replace(self, text=self.text.to(device, dtype), **moved)
 
@@ -58,9 +63,9 @@ class TrainingSet:
 
     def pictures(self, kept: Tensor) -> TrainingSet:
         """The pictures at `kept` (k',), of the same subjects."""
-        captions, caption = self.caption[kept].unique(return_inverse=True)
+        used, captions = self.captions[kept].unique(return_inverse=True)
         weight = None if self.weight is None else self.weight[kept]
-        return replace(self, mean=self.mean[kept], std=self.std[kept], text=self.text.rows(captions), caption=caption, subject=self.subject[kept], weight=weight)
+        return replace(self, mean=self.mean[kept], std=self.std[kept], text=self.text.rows(used), captions=captions, subject=self.subject[kept], weight=weight)
 
 
 def join(people: Sequence[TrainingSet]) -> TrainingSet:
@@ -69,7 +74,12 @@ def join(people: Sequence[TrainingSet]) -> TrainingSet:
 
 
 def merge(sets: Sequence[TrainingSet]) -> TrainingSet:
-    """The pictures of several sets of one size, as pictures of one subject; where one has weights, those of a set without are 1."""
+    """The pictures of several sets of one size, as pictures of one subject; where one has weights, those of a set without are 1.
+
+    Where one has more captions for a picture, the pictures of the others have their own in the place of those that they lack.
+    """
+    most = max(each.captions.shape[1] for each in sets)
+    captions = [torch.cat([each.captions, each.captions[:, :1].expand(-1, most - each.captions.shape[1])], 1) for each in sets]
     sizes = torch.tensor([len(each.text[0]) for each in sets])
     firsts = (sizes.cumsum(0) - sizes).tolist()  # rows of the joint text at which each one's captions begin
     weights = [torch.ones_like(each.mean[..., 0]) if each.weight is None else each.weight for each in sets]
@@ -78,7 +88,7 @@ def merge(sets: Sequence[TrainingSet]) -> TrainingSet:
         mean=torch.cat([each.mean for each in sets]),
         std=torch.cat([each.std for each in sets]),
         text=Text.cat(each.text for each in sets),
-        caption=torch.cat([each.caption + first for each, first in zip(sets, firsts)]),
+        captions=torch.cat([each + first for each, first in zip(captions, firsts)]),
         subject=torch.cat([torch.zeros_like(each.subject) for each in sets]),
         weight=torch.cat(weights) if any(each.weight is not None for each in sets) else None,
     )
@@ -94,32 +104,32 @@ def encode(
     assert len(images) == len(captions) and len(images) > 0, "a caption for each picture"
     pictures = min(CHUNK, max(1, PIXELS_AT_ONCE // images[0, 0].numel()))
     latents = [base.encode_images(chunk) for chunk in images.split(pictures)]
-    text, caption = _texts(base, captions)
+    text, rows = _texts(base, [[caption] for caption in captions])
     grid = (latents[0].image_ids[:, 1:3].max(0).values + 1).int().tolist()  # rows and columns of tokens
     return TrainingSet(
         mean=torch.cat([part.mean for part in latents]),
         std=torch.cat([part.std for part in latents]),
         image_ids=latents[0].image_ids,
         text=text,
-        caption=caption,
+        captions=rows,
         subject=torch.tensor(subjects if subjects is not None else [0] * len(captions), device=base.device),
         weight=None if masks is None else F.adaptive_avg_pool2d(masks, grid).flatten(1).to(base.device),
     )
 
 
-def captioned(base: Base, data: TrainingSet, captions: Sequence[str]) -> TrainingSet:
-    """The same pictures with other captions, one each."""
-    text, caption = _texts(base, captions)
-    return replace(data, text=text, caption=caption)
+def captioned(base: Base, data: TrainingSet, captions: Sequence[Sequence[str]]) -> TrainingSet:
+    """The same pictures with other captions, equally many each, the picture's own first."""
+    text, rows = _texts(base, captions)
+    return replace(data, text=text, captions=rows)
 
 
-def _texts(base: Base, captions: Sequence[str]) -> tuple[Text, Tensor]:
-    """The m different ones of k captions, encoded, and which of them each is, (k,)."""
-    different = list(dict.fromkeys(captions))
+def _texts(base: Base, captions: Sequence[Sequence[str]]) -> tuple[Text, Tensor]:
+    """The m different ones of the captions of k pictures, encoded, and which of them each is, (k, n)."""
+    different = list(dict.fromkeys(caption for of_picture in captions for caption in of_picture))
     prompts = min(CHUNK, max(1, TOKENS_AT_ONCE // base.settings.text_tokens))
     texts = [base.encode_prompts(different[i : i + prompts]) for i in range(0, len(different), prompts)]
     number = {caption: i for i, caption in enumerate(different)}
-    return Text.cat(texts), torch.tensor([number[c] for c in captions], device=base.device)
+    return Text.cat(texts), torch.tensor([[number[caption] for caption in of_picture] for of_picture in captions], device=base.device)
 
 
 def mirrored(images: Sequence[Image.Image]) -> list[Image.Image]:

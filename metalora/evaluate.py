@@ -154,7 +154,7 @@ class Bench:
         settings, same = personalizer.base.settings, {"seed": seed} | ({} if steps is None else {"steps": steps})
         self.config = replace(usual_settings(personalizer, data), **same)
         # An ordinary LoRA has the settings that suit it best, and all the rest in common: photo, crops, loss, seed.
-        common = {name: getattr(self.config, name) for name in ("crops", "margin", "background", "prior_pictures", "asked_draws", "ema", "flow")}
+        common = {name: getattr(self.config, name) for name in ("crops", "margin", "background", "prior_pictures", "asked_draws", "reworded", "ema", "flow")}
         self.plain = replace(settings.plain, **common, **same)
         self.peer = peer.PeerConfig(**same)  # no setting of ours is its concern
         self.scorer = Scorer(finder_of(personalizer, data), personalizer.clip, dino)

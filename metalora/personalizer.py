@@ -223,7 +223,7 @@ class Personalizer:
             config = replace(config, crops=1, background=1.0)
         images = [load_photo(photo) for photo in photos]
         seen = [(image.size, hashlib.sha256(image.tobytes()).digest()) for image in images]
-        key = (seen, domain, face, config.crops, config.margin, config.background, config.asked_draws, config.batch_size, config.seed)
+        key = (seen, domain, face, config.crops, config.margin, config.background, config.asked_draws, config.reworded > 0, config.batch_size, config.seed)
         if self._encoded is None or self._encoded.key != key:
             faces = [self._pick(number, image, domain, face, len(images)) for number, image in enumerate(images, 1)]
             mean = np.mean([found.embedding for found in faces], axis=0)
@@ -258,17 +258,20 @@ class Personalizer:
             both = partial(_both_ways, config.crops, len(cut))
             with plain_faults():
                 data = cache.encode(self.base, cache.to_tensor(cut), both(caption), masks=cache.to_weights(mask) if config.background < 1 else None)
-                if config.asked_draws and settings.asked_phrases and not whole:
-                    caption = self._ask(data.pictures(torch.arange(config.crops)), caption, config)
-                    data = cache.captioned(self.base, data, both(caption))
+                if settings.asked_phrases and (config.asked_draws or config.reworded) and not whole:
+                    captions = self._ask(data.pictures(torch.arange(config.crops)), caption, config)
+                    data = cache.captioned(self.base, data, list(zip(*map(both, captions))))
             sets.append(data)
         return cache.merge(sets)
 
-    def _ask(self, data: cache.TrainingSet, caption: str, config: AdaptConfig) -> str:
-        """The caption with what the base itself, nobody in it, says of the encoded crops."""
-        unload_people(self.base)
-        asked = partial(phrases.truest, self.base, data, caption, draws=config.asked_draws, batch_size=config.batch_size, seed=config.seed)
-        return ", ".join([caption, *(asked(group) for group in self.base.settings.asked_phrases)])
+    def _ask(self, data: cache.TrainingSet, caption: str, config: AdaptConfig) -> list[str]:
+        """The caption with what the base itself, nobody in it, says of the encoded crops; then, to reword it, those that say something else of one group."""
+        groups, told = self.base.settings.asked_phrases, [caption]
+        if config.asked_draws:
+            unload_people(self.base)
+            told += [phrases.truest(self.base, data, caption, group, config.asked_draws, config.batch_size, config.seed) for group in groups]
+        others = [[*(phrase for phrase in told if phrase not in group), other] for group in groups for other in group if other not in told]
+        return [", ".join(each) for each in ([told, *others] if config.reworded else [told])]
 
     def _prior(self, domain: str, count: int, seed: int) -> list[cache.TrainingSet]:
         """What the base makes of others of the class, under the person's words and without the faces; see `config.prior_pictures`.

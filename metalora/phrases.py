@@ -35,7 +35,7 @@ def truest(base: Base, data: TrainingSet, caption: str, phrases: Sequence[str], 
     left, total = torch.arange(len(phrases)), torch.zeros(len(phrases))
     with base.resident("transformer"), base.hastened():
         for _ in range(ROUNDS):
-            told = [replace(data, caption=torch.full_like(data.caption, number)) for number in left.tolist()]
+            told = [replace(data, captions=torch.full_like(data.captions, number)) for number in left.tolist()]
             for _ in range(batches):
                 drawn = draw(data, next(rows), generator, LITTLE_NOISE)
                 total[left] += base.persevere(lambda: torch.stack([loss_of(base, each, drawn) for each in told])).cpu()

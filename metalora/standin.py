@@ -77,7 +77,7 @@ def random_pictures(base: Base, case: Case) -> TrainingSet:
     return TrainingSet(
         mean=draw(count, side**2, config.in_channels), std=0.1 * draw(count, side**2, config.in_channels).abs(),
         image_ids=base.family.image_ids(side, side).to(base.device),
-        text=random_text(base, case.text_tokens, 1), caption=torch.zeros(count, dtype=torch.int64, device=base.device),
+        text=random_text(base, case.text_tokens, 1), captions=torch.zeros(count, 1, dtype=torch.int64, device=base.device),
         subject=torch.arange(count, device=base.device) % case.people,
     )  # fmt: skip
 

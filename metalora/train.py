@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -158,26 +158,56 @@ class Drawn(NamedTuple):
     spread: Tensor  # (share, tokens, channels), where in its latents' distribution each picture is taken
     noise: Tensor  # (share, tokens, channels)
     sigma: Tensor  # (share,)
+    reworded: Tensor  # (n,) int64, of the first n of the share: which of its captions each is learnt under
 
 
-def draw(data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share = Share()) -> Drawn:
+def draw(
+    data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share = Share(), reworded: float = 0.0
+) -> Drawn:  # fmt: skip
     """The draws for the pictures `rows` (batch,), made for the whole batch and on the CPU: they are the same on every device and for every share."""
     spread, noise = torch.randn((2, len(rows), *data.mean.shape[1:]), generator=generator)
     sigma = flow.sample_sigmas(len(rows), generator, config)
-    own = (share.of(t) for t in (rows, spread, noise, sigma))
+    own = (share.of(t) for t in (rows, spread, noise, sigma, _reword(data.captions.shape[1], len(rows), reworded, generator)))
     return Drawn(*(send(t, data.mean.device) for t in (rows, *own)))
 
 
-def loss_of(base: Base, data: TrainingSet, drawn: Drawn) -> Tensor:
-    """Rectified-flow loss () of what was drawn. Where tokens have weights it is the weighted mean; the losses of all shares add up to that of the batch."""
-    whole, rows, spread, noise, sigma = drawn
+def _reword(captions: int, batch: int, part: float, generator: torch.Generator) -> Tensor:
+    """Which of its captions each of the first pictures of a batch is learnt under, (n,), so that on average this part of the batch is under another than its own.
+
+    n is the same for every batch, since a recording (graph.py) wants fixed shapes; some draw their own, 0, where it is more than that part.
+    """
+    n = math.ceil(part * batch) if captions > 1 else 0
+    if n == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.randint(1, captions, (n,), generator=generator) * (torch.rand(n, generator=generator) < part * batch / n)
+
+
+def loss_of(base: Base, data: TrainingSet, drawn: Drawn, adapter: Adapter | None = None) -> Tensor:
+    """Rectified-flow loss () of what was drawn. Where tokens have weights it is the weighted mean; the losses of all shares add up to that of the batch.
+
+    Pictures under other captions than their own are to be what the base makes of them, for which its `adapter`, if it has one, is passed over.
+    """
+    whole, rows, spread, noise, sigma, reworded = drawn
     x = data.mean[rows] + data.std[rows] * spread
-    noisy = flow.interpolate(x, noise, sigma).to(base.dtype)
-    predicted = base.velocity(noisy, sigma, data.text.rows(data.caption[rows]), data.image_ids, base.settings.train_guidance)
+    noisy, wanted, caption = flow.interpolate(x, noise, sigma).to(base.dtype), flow.target(x, noise), data.caption[rows]
+    if n := len(reworded):
+        own, caption = caption[:n], torch.cat([data.captions[rows[:n], reworded], caption[n:]])
+        with torch.no_grad(), adapter.passed_over() if adapter else nullcontext():
+            wanted[:n] += _change(base, data, noisy[:n], sigma[:n], own, caption[:n])
+    predicted = base.velocity(noisy, sigma, data.text.rows(caption), data.image_ids, base.settings.train_guidance)
     if data.weight is None:
-        return F.mse_loss(predicted.float(), flow.target(x, noise)) * (len(rows) / len(whole))
-    error = F.mse_loss(predicted.float(), flow.target(x, noise), reduction="none").mean(-1)  # (share, tokens)
+        return F.mse_loss(predicted.float(), wanted) * (len(rows) / len(whole))
+    error = F.mse_loss(predicted.float(), wanted, reduction="none").mean(-1)  # (share, tokens)
     return (error * data.weight[rows]).sum() / data.weight[whole].sum()
+
+
+def _change(base: Base, data: TrainingSet, noisy: Tensor, sigma: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """What `other` (n,) captions change in the base's velocities (n, tokens, channels) against their `own`, at the guidance that pictures are drawn with.
+
+    At that of the training there is next to nothing of an expression in it.
+    """
+    both = base.velocity(noisy.repeat(2, 1, 1), sigma.repeat(2), data.text.rows(torch.cat([other, own])), data.image_ids, base.settings.guidance).float()
+    return both[: len(own)] - both[len(own) :]
 
 
 def flow_loss(base: Base, data: TrainingSet, rows: Tensor, generator: torch.Generator, config: FlowConfig, share: Share = Share()) -> Tensor:
@@ -198,6 +228,7 @@ def fit(
     max_grad_norm: float,
     rate: Callable[[int], float] = lambda step: 1.0,
     share: Share = Share(),
+    reworded: float = 0.0,
     late: bool | None = None,
     recorded: bool = False,
 ) -> Iterator[float]:
@@ -208,6 +239,7 @@ def fit(
     played from a recording (graph.py), five times as fast at batch 1; with checkpointing, which looks at the GPU's random state, they are not.
 
     `rate` multiplies every optimiser's own learning rate. Every draw comes from `generator`, which lives on the CPU.
+    The part `reworded` of every batch is learnt under other captions than its own (AdaptConfig).
     With a `share` every process works on its rows of each batch, and gradients are summed: all take the same steps.
     Raises MetaLoraError where the loss is no longer a number.
     """
@@ -220,7 +252,7 @@ def fit(
     try:
         with base.hastened():
             for step in range(steps):
-                value = gradients(draw(data, next(batches), generator, flow_config, share))
+                value = gradients(draw(data, next(batches), generator, flow_config, share, reworded))
                 if share.world > 1:
                     value = sum_over_processes(parameters, value)
                 loss = None if late else _read(value)
@@ -281,7 +313,7 @@ class Gradients:
             p.grad.zero_()
         self.adapter.use_rows(self.data.subject[drawn.rows] if self.adapter.count > 1 else None)
         with _repeatable(self.base.device):
-            loss = loss_of(self.base, self.data, drawn)
+            loss = loss_of(self.base, self.data, drawn, self.adapter)
             loss.backward()
         return loss.detach()
 

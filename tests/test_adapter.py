@@ -107,6 +107,17 @@ def test_detaching_leaves_the_base_bit_for_bit(base, photo, meta_down):
     adapter.detach()
 
 
+def test_an_adapter_that_is_passed_over_changes_nothing(base, photo, meta_down):
+    before = forward(base, photo)
+    with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter:
+        fill(adapter)
+        changed = forward(base, photo)
+        with pytest.raises(KeyError), adapter.passed_over():
+            assert torch.equal(forward(base, photo), before)
+            raise KeyError
+        assert torch.equal(forward(base, photo), changed) and not torch.equal(changed, before)
+
+
 def fill(adapter, seed=0):
     g = torch.Generator().manual_seed(seed)
     for p in adapter.heads():

@@ -239,7 +239,7 @@ def test_a_method_lays_its_settings_over_those_of_the_base():
     ("rate=1", "no setting named rate; known are"), ("flow.mean=1", "no setting named mean"), ("steps=2.5", "must be a int"), ("steps=many", "not understood"),
     ("learning_rate=NaN", "not understood"), ("", "not understood"), ("../x=1", "named"), ("steps=0", "out of range"), ("learning_rate=-1", "out of range"),
     ("margin=[2,1]", "out of range"), ("crops=2,crops=3", "twice"), ("steps=2@3", "twice"), ("seed=3", "--seed"), ("steps=" + "1" * 200, "not understood"),
-    ("up_rate=0", "out of range"), ("start_up=1.5", "out of range"), ("skip_blocks=1", "out of range"), ("prior_pictures=-1", "out of range"), ("asked_draws=-1", "out of range"), ("scale=0", "out of range"),
+    ("up_rate=0", "out of range"), ("start_up=1.5", "out of range"), ("skip_blocks=1", "out of range"), ("prior_pictures=-1", "out of range"), ("asked_draws=-1", "out of range"), ("reworded=1.1", "out of range"), ("scale=0", "out of range"),
     ("flow=1,flow.logit_mean=1", "twice"), ("crops=[1]", "must be a int"), ("compiled=1", "must be a bool"), ("crops=true", "must be a int"),
 ])  # fmt: skip
 def test_a_wrong_setting_of_a_method_is_a_sentence(settings, fault):

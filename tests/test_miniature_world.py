@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 
 from metalora.data import load_dataset
@@ -246,6 +247,16 @@ def test_the_compiled_renderer_finds_the_same_triangles_and_draws_the_same_but_f
 
 
 # Commands
+
+
+def test_a_sheet_has_a_row_for_each_person_and_is_a_picture(tmp_path: Path, capsys):
+    for name, kind in (("sheet.jpg", "JPEG"), ("sheet.png", "PNG")):
+        assert main(["sheet", "--output", str(tmp_path / name), "--people", "7:9", "--scenes", "3", "--size", "32"]) == 0
+        with Image.open(tmp_path / name) as sheet:
+            assert (sheet.format, sheet.size) == (kind, (96, 64))
+    with pytest.raises(SystemExit):
+        main(["sheet", "--output", str(tmp_path / "sheet.txt")])
+    assert "end the name in .jpg or .png" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_dataset_command_writes_what_the_reader_of_datasets_reads(tmp_path: Path):

@@ -41,7 +41,7 @@ def test_of_two_phrases_the_truer_one_predicts_the_noise_better(base, photo, see
     """Told by the loss of the trainings, over more draws than are asked for."""
 
     def loss(phrase: str) -> float:
-        told = captioned(base, photo, [f"a photo of sks woman, {phrase}"] * len(photo))
+        told = captioned(base, photo, [[f"a photo of sks woman, {phrase}"]] * len(photo))
         rows = torch.arange(600) % len(photo)
         with torch.no_grad():
             return flow_loss(base, told, rows, torch.Generator().manual_seed(seed), LITTLE_NOISE).item()
@@ -53,10 +53,10 @@ def test_of_two_phrases_the_truer_one_predicts_the_noise_better(base, photo, see
 
 def test_captions_change_and_pictures_do_not(base, photo):
     words = ["smiling", "in a park", "smiling"]
-    told = captioned(base, photo, words)
-    assert told.mean is photo.mean and told.caption.tolist() == [0, 1, 0] and len(told.text[0]) == 2
+    told = captioned(base, photo, [(own, "a cap") for own in words])
+    assert told.mean is photo.mean and told.captions.tolist() == [[0, 1], [2, 1], [0, 1]] and len(told.text[0]) == 3
     images = torch.zeros(3, 3, 32, 32)
-    assert all(torch.equal(one, other) for one, other in zip(encode(base, images, words).text, told.text))
+    assert all(torch.equal(one, other) for one, other in zip(encode(base, images, words).text, captioned(base, photo, [[word] for word in words]).text))
 
 
 def test_what_the_base_says_stands_in_the_caption(asking, base, config, tmp_path, monkeypatch):
@@ -77,6 +77,19 @@ def test_nobody_is_in_the_base_that_is_asked(asking, base, meta_down, config, tm
     use_people(base, [person_of(base, meta_down)])
     asking.encode([picture], "woman", replace(config, crops=1, asked_draws=6))
     assert seen == [bare]
+
+
+@pytest.mark.parametrize("draws", [0, 6])
+def test_a_photo_is_reworded_to_what_else_could_be_true_of_it(asking, base, config, tmp_path, monkeypatch, draws):
+    picture = write_people(tmp_path, {"ann": "woman"}) / "ann-0.png"
+    said, own = [], base.encode_prompts
+    monkeypatch.setattr(type(base), "encode_prompts", lambda self, prompts, length=None: said.append(list(prompts)) or own(prompts, length))
+    plain, data = (asking.encode([picture], "woman", replace(config, crops=2, asked_draws=draws, reworded=part)) for part in (0.0, 0.5))
+    assert torch.equal(plain.mean, data.mean) and plain.captions.shape == (4, 1)
+    photo, told = said[0][0], set(said[-1])
+    named = {f"{photo}, {phrase}" for phrase in PHRASES}
+    assert told == (named if draws else {photo, *named})  # what is true of it is no other than itself
+    assert data.captions.shape == (4, len(told)) and all(sorted(rows.tolist()) == list(range(len(told))) for rows in data.captions)
 
 
 @pytest.mark.one_family

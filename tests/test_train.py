@@ -15,14 +15,14 @@ from metalora import MetaLoraError
 from metalora.adapt import adapt, adapt_plain, crops
 from metalora.adapter import attach, find_targets
 from metalora.base import Base
-from metalora.cache import encode, face_mask, join, mirrored, to_tensor
+from metalora.cache import captioned, encode, face_mask, join, merge, mirrored, to_tensor
 from metalora.config import AdaptConfig, FlowConfig, MetaConfig
 from metalora.data import Item
 from metalora.face import Face, FaceFinder
 from metalora.meta import _members, bucket_of_photos, meta_train
 from metalora.speed import meta_lora
 from metalora.standin import Case, random_pictures
-from metalora.train import Clock, Share, draw_rows, fit, flow_loss, optimizer
+from metalora.train import Clock, Share, draw, draw_rows, fit, flow_loss, loss_of, optimizer
 
 from .conftest import in_processes, make_meta_down, run, state_hash
 
@@ -111,6 +111,67 @@ def test_the_loss_is_that_of_a_plain_flow_step(base, photo):
     with torch.no_grad():
         v = base.velocity((1 - sigma) * x + sigma * noise, sigma.flatten(), photo.text.rows(photo.caption[rows]), photo.image_ids, 1.0)
     torch.testing.assert_close(got, (v - (noise - x)).square().mean())
+
+
+@pytest.fixture
+def worded(base, photo):
+    """The pictures of one subject, each with two captions more."""
+    return captioned(base, photo, [("a photo of sks woman", "smiling", f"in the {place}") for place in ("park", "cap", "park")])
+
+
+@settings(max_examples=20, deadline=None)
+@given(batch=st.integers(1, 8), part=st.floats(0, 1))
+def test_so_much_of_a_batch_is_reworded(people, batch, part):
+    data, generator = replace(people, captions=torch.arange(3).expand(len(people), 3)), torch.Generator().manual_seed(0)
+    drawn = [draw(data, torch.arange(batch), generator, FlowConfig(), reworded=part).reworded for _ in range(400)]
+    assert len({len(each) for each in drawn}) == 1 and set(torch.cat(drawn).tolist()) <= {0, 1, 2}
+    others = sum((each > 0).sum().item() for each in drawn)
+    assert others / 400 == pytest.approx(part * batch, abs=0.1)
+    assert part < 0.05 or {1, 2} <= set(torch.cat(drawn).tolist())
+
+
+def test_what_has_one_caption_is_not_reworded_and_nothing_else_is_drawn_for_it(photo, worded):
+    one, two = (draw(data, torch.arange(3), torch.Generator().manual_seed(5), FlowConfig(), reworded=1.0) for data in (photo, worded))
+    assert len(one.reworded) == 0 and len(two.reworded) == 3
+    assert all(torch.equal(a, b) for a, b in zip(one[:-1], two[:-1]))
+
+
+def test_a_reworded_picture_is_to_change_as_the_base_changes_its_own(base, worded, meta_down):
+    rows, config = torch.tensor([0, 1, 2, 1]), FlowConfig()
+    halves = [draw(worded, rows, torch.Generator().manual_seed(5), config, Share(rank, 2), reworded=0.75) for rank in (0, 1)]
+    drawn = draw(worded, rows, torch.Generator().manual_seed(5), config, reworded=0.75)
+    assert [len(half.reworded) for half in halves] == [2, 1] and len(drawn.reworded) == 3
+    drawn = drawn._replace(reworded=torch.tensor([2, 0, 1]))
+    x, sigma = worded.mean[rows] + worded.std[rows] * drawn.spread, drawn.sigma[:, None, None]
+    noisy, told = (1 - sigma) * x + sigma * drawn.noise, torch.tensor([worded.captions[0, 2], worded.captions[1, 0], worded.captions[2, 1], worded.captions[1, 0]])
+
+    def velocity(caption: torch.Tensor, guidance: float) -> torch.Tensor:
+        with torch.no_grad():
+            return base.velocity(noisy, drawn.sigma, worded.text.rows(caption), worded.image_ids, guidance)
+
+    change = velocity(told, base.settings.guidance) - velocity(worded.caption[rows], base.settings.guidance)
+    assert change[0].abs().max() > 0 and change[1].abs().max() < 1e-5
+    with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter, torch.no_grad():
+        adapter.start(torch.Generator().manual_seed(0))
+        for p in adapter.ups():
+            p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        wanted = (velocity(told, base.settings.train_guidance) - (drawn.noise - x + change)).square().mean()
+        torch.testing.assert_close(loss_of(base, worded, drawn, adapter), wanted)
+        parts = sum(loss_of(base, worded, half, adapter) for half in halves)
+        torch.testing.assert_close(parts, loss_of(base, worded, draw(worded, rows, torch.Generator().manual_seed(5), config, reworded=0.75), adapter))
+
+
+def test_pictures_keep_their_captions_when_sets_are_merged_or_chosen_from(photo, worded):
+    whole = merge([photo, worded])
+    assert whole.captions.shape == (6, 3)
+    for data, first in ((photo, 0), (worded, 3)):
+        for n in range(3):
+            own = min(n, data.captions.shape[1] - 1)
+            for one, other in zip(whole.text.rows(whole.captions[first : first + 3, n]), data.text.rows(data.captions[:, own])):
+                assert torch.equal(one, other)
+    kept = torch.tensor([5, 0])
+    for one, other in zip(whole.pictures(kept).text.rows(whole.pictures(kept).captions[:, 2]), whole.text.rows(whole.captions[kept, 2])):
+        assert torch.equal(one, other)
 
 
 def test_tokens_count_as_they_are_weighted(base, photo):

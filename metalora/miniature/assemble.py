@@ -38,7 +38,7 @@ KEPT = (ATTRIBUTES, "face-detector", "face-recogniser")  # trainings whose weigh
 MOST_MEGABYTES = 60.0  # of all assets together, so that the project stays a quick download
 GUIDANCE = 3.5  # that a base which has learnt guidance is used with
 # What metalora.json says of this base beyond `write_settings`; found by trial on people of the training.
-LEARNING: dict[str, Any] = {"batch_size": 4, "background": 0.1, "prior_pictures": 8, "asked_draws": 48, "ema": 0.96, "flow": {"logit_mean": 0.5}}
+LEARNING: dict[str, Any] = {"batch_size": 4, "background": 0.1, "prior_pictures": 8, "asked_draws": 48, "reworded": 0.5, "ema": 0.96, "flow": {"logit_mean": 0.5}}
 SETTINGS: dict[str, Any] = {
     # The steps are not: they were read off the curve of the held-out people that the README shows, as what keeps of a prompt what it names.
     "adapt": {"steps": 80, "learning_rate": 5e-3, **LEARNING},

@@ -28,6 +28,7 @@ from metalora.miniature.facepack import kernel_distance
 from metalora.miniature.people import HELD_OUT, person, scene
 from metalora.miniature.pipeline import MiniatureConfig
 from metalora.miniature.render import render
+from metalora.miniature.sheet import save_sheet, sheet_file
 from metalora.miniature.training import Job, read_figures
 
 SHOWN, COLUMNS = 20, 10  # pictures on the sheet
@@ -164,7 +165,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--guidance", type=float, help="the base's own when not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help=f"a picture of the first {SHOWN} true renders, and below each what was drawn from its caption")
+    parser.add_argument("--sheet", type=sheet_file, metavar="FILE", help=f"a picture of the first {SHOWN} true renders, and below each what was drawn from its caption")
     given = parser.parse_args(arguments)
     classifier, size = trained_judge(given.work)
     if given.evaluation:
@@ -177,7 +178,7 @@ def main(arguments: list[str]) -> None:
                                 f"train one on pictures rendered with --size {base.settings.resolution}.")
         found, faces, sheet = check_base(classifier, base, given.pictures, given.guidance, given.seed)
         if given.sheet:
-            sheet.save(given.sheet, quality=92)  # where it is a JPEG
+            save_sheet(sheet, given.sheet)
         print("\n".join(_table(found)))
         print("faces: {found:.1%} found, kernel distance from true ones {kernel_distance}, of two halves of these {of_true_halves}".format(**faces))
         found["faces"] = faces

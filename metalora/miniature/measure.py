@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 from metalora.config import FACE
 from metalora.errors import MetaLoraError
-from metalora.files import save_json, write_atomically
+from metalora.files import save_json
 from metalora.methods import Method
 from metalora.miniature.attribute_check import check_evaluation, trained_judge
 from metalora.miniature.attributes import Classifier
 from metalora.miniature.launch import side_by_side
 from metalora.miniature.make import DOMAINS
+from metalora.miniature.sheet import save_sheet
 from metalora.report import SETTINGS, TRUE_PHOTOS, contact_sheet, differences, folder_of, read_rows
 
 UNSEEN = "1000100:1000200"
@@ -59,7 +60,7 @@ OURS = ("meta-lora@50", "meta-lora", "meta-lora@100", "meta-lora@125", "meta-lor
 TABLES = {
     "people": Table("people", ("base", *OURS), sheet=("base", "meta-lora")),
     "rank-1": Table("people", (*OURS, f"{SMALL}@125", f"{SMALL}@208", *(f"lora-r1@{steps}" for steps in (125, 208, 375, 625))), ("--limit", "24"), curves=True),
-    "asked": Table("others", tuple(f"meta-lora{told}@{steps}" for steps in (50, 80, 100) for told in ("", ":asked_draws=0"))),
+    "words": Table("others", tuple(f"meta-lora{told}@{steps}" for told in ("", ":reworded=0", ":asked_draws=0", ":reworded=0,asked_draws=0") for steps in (80, 125))),
     "rank-16": Table("people", (*OURS[1:4], "meta-lora:rank=16@100", "meta-lora:rank=16@125", *(f"{LARGE}@{steps}" for steps in (125, 208, 375))), ("--limit", "24")),
     "random": Table("people", ("meta-lora", "meta-lora@125"), ("--limit", "24"), random=True, beside="people"),
     "bad": Table("people", ("meta-lora",), ("--limit", "8", *BAD)),
@@ -90,8 +91,7 @@ def measure(name: str, table: Table, work: Path, output: Path, judge: tuple[Clas
     output.mkdir(parents=True, exist_ok=True)
     if table.sheet:
         shown = {method: read_rows(evaluation / folder_of(method)) for method in (*table.sheet, TRUE_PHOTOS)}
-        sheet = contact_sheet(evaluation, shown, measured["gallery"])
-        write_atomically(output / f"{name}-sheet.jpg", lambda beside: sheet.save(beside, format="JPEG", quality=92, subsampling=0))
+        save_sheet(contact_sheet(evaluation, shown, measured["gallery"]), output / f"{name}-sheet.jpg")
     if table.curves:
         shutil.copyfile(evaluation / "curves.svg", output / f"{name}.svg")
     save_json(output / f"{name}.json", measured)
