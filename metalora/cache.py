@@ -20,7 +20,7 @@ from .family import Text
 from .plan import PIXELS_AT_ONCE, TOKENS_AT_ONCE
 
 CHUNK = 32  # pictures or prompts encoded at a time, at most
-FACE_ROOM = 0.2  # of the box's size, added on every side: hair line, ears and chin are the person's too
+FACE_ROOM = 0.35  # of the box's size, added on every side: hair, ears and chin are the person's too
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,9 +77,9 @@ class AdaptConfig:
     prior_pictures: int = 0
     # Draws of noise by which the base itself is asked which of its `asked_phrases` are true of the photo, for the caption; 0: it is not asked.
     asked_draws: int = 0
-    # Part of the pictures, on average, that is learnt under another of those phrases than is true of the photo: what they are to be is then changed
-    # by as much as the base, without the person, changes its own picture between the two. So what is asked for is not overruled by what the photo
-    # shows. [Ours; the difference of two captions as what is to be learnt is from Concept Sliders, arXiv 2311.12092, section 4]
+    # Part of the pictures, on average, that is learnt under a caption that says something else than is true of the photo: what they are to be is then
+    # changed by as much as the base, without the person, changes its own picture between the two. So what is asked for is not overruled by what the
+    # photo shows. [Ours; the difference of two captions as what is to be learnt is from Concept Sliders, arXiv 2311.12092, section 4]
     reworded: float = 0.0
     # The blocks are compiled first. It takes about a minute once; after that a step on a GPU is a quarter shorter, and on a CPU, where it
     # takes a C++ compiler, a sixth.

@@ -26,13 +26,14 @@ from .generate import GenerateConfig, Person, generate, render, unload_people
 from .identity import ExportFormat, Identity
 from .metadown import MetaDown
 from .photo import load_photo
-from .prompts import PLACE, Captioner, anyone, fill, mirrored
+from .prompts import PLACE, Caption, Captioner, anyone, fill, mirrored
 from .subject import finder_for
 from .train import StepReport
 
 Photo = Any  # a path, bytes, a PIL image or an array
 Method = Callable[..., Generator[StepReport, None, Identity]]  # (data, config, preview=..., preview_every=...)
 NAMED_SHARE = 0.5  # of the groups of phrases, those of which each of the base's own pictures shows one
+REWORDINGS = 5  # other captions of a photo to be learnt under, at most, for each group of phrases: a group of many does not come more often
 PREVIEW_STEPS = 10  # denoising steps of a preview, at most
 
 
@@ -255,23 +256,24 @@ class Personalizer:
                 for picture in (image, cache.face_mask(image.size, box, config.background))
             )
             caption = captioner.caption(cut[0], f"{settings.trigger} {domain}", domain)
-            both = partial(_both_ways, config.crops, len(cut))
+            both, seen = partial(_both_ways, config.crops, len(cut)), str(caption)
             with plain_faults():
-                data = cache.encode(self.base, cache.to_tensor(cut), both(caption), masks=cache.to_weights(mask) if config.background < 1 else None)
-                if settings.asked_phrases and (config.asked_draws or config.reworded) and not whole:
-                    captions = self._ask(data.pictures(torch.arange(config.crops)), caption, config)
-                    data = cache.captioned(self.base, data, list(zip(*map(both, captions))))
+                data = cache.encode(self.base, cache.to_tensor(cut), both(seen), masks=cache.to_weights(mask) if config.background < 1 else None)
+                if config.asked_draws and not whole:
+                    caption = self._ask(data.pictures(torch.arange(config.crops)), caption, config)
+                others = caption.reworded(REWORDINGS, random.Random(config.seed)) if config.reworded else []
+                if others or str(caption) != seen:
+                    data = cache.captioned(self.base, data, list(zip(*(both(str(each)) for each in (caption, *others)))))
             sets.append(data)
         return cache.merge(sets)
 
-    def _ask(self, data: cache.TrainingSet, caption: str, config: AdaptConfig) -> list[str]:
-        """The caption with what the base itself, nobody in it, says of the encoded crops; then, to reword it, those that say something else of one group."""
-        groups, told = self.base.settings.asked_phrases, [caption]
-        if config.asked_draws:
-            unload_people(self.base)
-            told += [phrases.truest(self.base, data, caption, group, config.asked_draws, config.batch_size, config.seed) for group in groups]
-        others = [[*(phrase for phrase in told if phrase not in group), other] for group in groups for other in group if other not in told]
-        return [", ".join(each) for each in ([told, *others] if config.reworded else [told])]
+    def _ask(self, data: cache.TrainingSet, caption: Caption, config: AdaptConfig) -> Caption:
+        """The caption with what the base itself, nobody in it, says of the encoded crops."""
+        unload_people(self.base)
+        known = str(caption)
+        for group in self.base.settings.asked_phrases:
+            caption = caption.saying(phrases.truest(self.base, data, known, group, config.asked_draws, config.batch_size, config.seed), group)
+        return caption
 
     def _prior(self, domain: str, count: int, seed: int) -> list[cache.TrainingSet]:
         """What the base makes of others of the class, under the person's words and without the faces; see `config.prior_pictures`.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -33,6 +35,30 @@ def mirrored(text: str) -> str:
     return re.sub(r"\b(left|right)\b", lambda found: {"left": "right", "right": "left"}[found[0]], text)
 
 
+@dataclass(frozen=True)
+class Caption:
+    """Whom a photo shows and, of groups of phrases, what is true of it: "a photo of sks woman, wearing a red cap, in a green park"."""
+
+    opening: str
+    said: tuple[tuple[str, Sequence[str]], ...] = ()  # phrases, each with the group that it is of
+
+    def __str__(self) -> str:
+        return ", ".join([self.opening, *(phrase for phrase, _ in self.said)])
+
+    def saying(self, phrase: str, group: Sequence[str]) -> Caption:
+        """The same, and that."""
+        return replace(self, said=(*self.said, (phrase, group)))
+
+    def reworded(self, each: int, rng: random.Random) -> list[Caption]:
+        """Captions that say something else of one group, `each` of every group at most, drawn from its other phrases."""
+        found = []
+        for place, (phrase, group) in enumerate(self.said):
+            others = [other for other in group if other != phrase]
+            for other in rng.sample(others, min(each, len(others))):
+                found.append(replace(self, said=(*self.said[:place], (other, group), *self.said[place + 1 :])))
+        return found
+
+
 class Captioner:
     """Writes the caption of a photo with CLIP, from groups of phrases of which one each is chosen.
 
@@ -44,9 +70,9 @@ class Captioner:
         self.clip = clip if isinstance(clip, Clip) else Clip(clip)
         self.groups = groups
 
-    def caption(self, image: Image.Image, words: str, noun: str) -> str:
+    def caption(self, image: Image.Image, words: str, noun: str) -> Caption:
         """"a photo of sks woman, smiling, in a green park" for words "sks woman" and noun "woman"."""
-        return ", ".join([f"a photo of {words}", *(self._best(image, noun, group) for group in self.groups)])
+        return Caption(f"a photo of {words}", tuple((self._best(image, noun, group), group) for group in self.groups))
 
     def _best(self, image: Image.Image, noun: str, group: Sequence[str]) -> str:
         texts = self.clip.texts([f"a photo of {anyone(noun)}, {phrase}" for phrase in group])  # (phrases, d)

@@ -244,14 +244,14 @@ class Blank:
         return self.left.pop(0)
 
 
-@pytest.mark.parametrize("embeddings, found, auc", [
-    ([[0], [0.1], [5], [5.1]], 1.0, 1.0), ([[0], [5], [0.1], [5.1]], 1.0, 0.25), ([[0], [0], [0], [0]], 1.0, 0.5),
-    ([[0], [0.1], [5], None], 0.75, 1.0)])
-def test_what_recognises_people_is_told_from_what_does_not(monkeypatch, embeddings: list, found: float, auc: float):
+@pytest.mark.parametrize("embeddings, found, auc, rank_1", [
+    ([[0], [0.1], [5], [5.1]], 1.0, 1.0, 1.0), ([[0], [5], [0.1], [5.1]], 1.0, 0.25, 0.5), ([[0], [0], [0], [0]], 1.0, 0.5, 0.5),
+    ([[0], [0.1], [5], None], 0.75, 1.0, 1.0)])
+def test_what_recognises_people_is_told_from_what_does_not(monkeypatch, embeddings: list, found: float, auc: float, rank_1: float):
     tools = Blank([e and np.array(e, float) for e in embeddings])
     monkeypatch.setattr(world_check, "render", lambda pairs, size: (torch.zeros(len(pairs), 3, size, size, dtype=torch.uint8),))
     figures = world_check.check(tools, range(2), 2, SIZE)
-    assert (figures["found"], figures["auc"]) == (found, auc) and figures["pictures"] == 4
+    assert (figures["found"], figures["auc"], figures["rank_1"]) == (found, auc, rank_1) and figures["pictures"] == 4
 
 
 def test_a_world_check_changes_what_people_usually_wear():

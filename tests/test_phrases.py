@@ -80,16 +80,19 @@ def test_nobody_is_in_the_base_that_is_asked(asking, base, meta_down, config, tm
 
 
 @pytest.mark.parametrize("draws", [0, 6])
-def test_a_photo_is_reworded_to_what_else_could_be_true_of_it(asking, base, config, tmp_path, monkeypatch, draws):
+def test_a_photo_is_reworded_in_what_its_caption_says(asking, base, config, tmp_path, monkeypatch, draws):
     picture = write_people(tmp_path, {"ann": "woman"}) / "ann-0.png"
     said, own = [], base.encode_prompts
     monkeypatch.setattr(type(base), "encode_prompts", lambda self, prompts, length=None: said.append(list(prompts)) or own(prompts, length))
-    plain, data = (asking.encode([picture], "woman", replace(config, crops=2, asked_draws=draws, reworded=part)) for part in (0.0, 0.5))
+    config = replace(config, crops=2, asked_draws=draws)
+    plain = asking.encode([picture], "woman", config)
+    caption = said[-1][0]
+    data = asking.encode([picture], "woman", replace(config, reworded=0.5))
     assert torch.equal(plain.mean, data.mean) and plain.captions.shape == (4, 1)
-    photo, told = said[0][0], set(said[-1])
-    named = {f"{photo}, {phrase}" for phrase in PHRASES}
-    assert told == (named if draws else {photo, *named})  # what is true of it is no other than itself
-    assert data.captions.shape == (4, len(told)) and all(sorted(rows.tolist()) == list(range(len(told))) for rows in data.captions)
+    groups = [(phrase, others) for phrase, others in zip(caption.split(", ")[1:], (*asking.base.settings.caption_phrases, PHRASES))]
+    told = said[-1] if len(said[-1]) > 1 else [caption]
+    assert told[0] == caption and sorted(told[1:]) == sorted(caption.replace(phrase, other) for phrase, group in groups for other in group if other != phrase)
+    assert data.captions.tolist() == [list(range(len(told)))] * 4
 
 
 @pytest.mark.one_family

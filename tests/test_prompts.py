@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from metalora import MetaLoraError
 from metalora.config import AdaptConfig, BaseSettings, overlay
-from metalora.prompts import fill, mirrored
+from metalora.prompts import Caption, fill, mirrored
 
 
 def test_the_person_stands_where_the_prompt_says_or_in_front():
@@ -57,3 +59,15 @@ def test_an_overlay_changes_what_it_names_only():
     got = overlay(AdaptConfig(), {"steps": 9, "flow": {"logit_mean": 1}})
     assert got.steps == 9 and got.flow.logit_mean == 1.0 and got.flow.logit_std == AdaptConfig().flow.logit_std
     assert overlay(AdaptConfig(), {}) == AdaptConfig()
+
+
+GROUPS = [["smiling", "sad"], [f"in place {n}" for n in range(9)]]
+
+
+def test_a_caption_is_reworded_in_one_group_at_a_time():
+    caption = Caption("a photo of sks woman").saying("smiling", GROUPS[0]).saying("in place 3", GROUPS[1])
+    assert str(caption) == "a photo of sks woman, smiling, in place 3"
+    found = [str(other) for other in caption.reworded(4, random.Random(0))]
+    assert len(set(found)) == len(found) == 5 and str(caption) not in found
+    assert found[0] == "a photo of sks woman, sad, in place 3" and all(re.fullmatch(r"a photo of sks woman, smiling, in place [0-24-8]", text) for text in found[1:])
+    assert found == [str(other) for other in caption.reworded(4, random.Random(0))] != [str(other) for other in caption.reworded(4, random.Random(1))]

@@ -465,7 +465,7 @@ def test_stage_one_reads_photos_from_disk(base, tmp_path):
 def test_stage_one_can_learn_faces_more_than_what_lies_outside_them(base, tmp_path, monkeypatch):
     Image.effect_noise((32, 32), 60).convert("RGB").save(tmp_path / "0.png")
     finder, item = FaceFinder.of(base.settings), Item(tmp_path / "0.png", "{person}")
-    found = iter([[Face((0.0, 0.0, 16.0, 16.0), np.zeros((5, 2)), 1.0, np.zeros(512))], []])
+    found = iter([[Face((0.0, 0.0, 14.0, 14.0), np.zeros((5, 2)), 1.0, np.zeros(512))], []])
     monkeypatch.setattr(finder, "detect", lambda image: next(found))
     with_face, without = (bucket_of_photos(base, [[item]], "sks woman", finder, 0.2)([0]) for _ in range(2))
     upright, mirrored = with_face.weight.view(2, *2 * [round(with_face.weight.shape[1] ** 0.5)])
