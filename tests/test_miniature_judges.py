@@ -187,11 +187,21 @@ def test_shares_and_their_intervals():
     assert found["background"]["found"] == 1.0 and found["all"] == found["all"] | {"asked": 50, "found": 0.92}
 
 
+def test_looks_are_compared_with_the_photo_where_the_prompt_leaves_them_be():
+    records = [RECORD | {"hair": "curly", "hair_colour": "red", "skin": "dark"}, RECORD | {"hair": "curly", "hair_colour": "black", "skin": "dark"}]
+    photos, pictures = (torch.full((4, 3, 4, 4), number, dtype=torch.uint8) for number in (0, 1))
+    texts = ["a photo of a woman, smiling", "a photo of a woman with black hair", "a photo of a woman, in a red cap", "a pencil drawing of a woman"]
+    found = attribute_check.looks(Reader(records), pictures, photos, texts)["looks"]
+    assert (found["asked"], found["found"]) == (5, 0.8)  # hair, its colour and skin of the first, hair and skin of the second
+    assert attribute_check.looks(Reader(records), pictures[2:], photos[2:], texts[2:]) == {}
+
+
 def test_the_pictures_of_an_evaluation_are_read_method_by_method(tmp_path: Path):
     for method, number in (("good", 0), ("bad", 1)):
         (tmp_path / method).mkdir()
         Image.new("RGB", (8, 8), (number,) * 3).save(tmp_path / method / "0.png")
-        row = {"method": method, "domain": "woman", "prompt": "a photo of {person}, in a red cap"}
+        Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+        row = {"method": method, "domain": "woman", "prompt": "a photo of {person}, in a red cap", "reference": "photo.png"}
         rows = [row | {"picture": f"{method}/0.png"}, row | {"picture": None, "failed": "no face"}]
         (tmp_path / method / "someone.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     found = attribute_check.check_evaluation(Reader(RECORDS), SIZE, tmp_path)

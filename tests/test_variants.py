@@ -207,7 +207,7 @@ def test_pictures_of_others_are_learnt_along_without_their_faces(base, meta_down
     config = AdaptConfig(steps=2, crops=1, batch_size=2, learning_rate=0.05, background=background)
     sets, before = [], state_hash(base.transformer)
     monkeypatch.setattr(personalizer, "_learn_meta", lambda meta_down, data, config, **more: iter(sets.append(data) or ()))
-    found = Face((0.0, 0.0, 16.0, 16.0), np.zeros((5, 2)), 1.0, np.zeros(512))
+    found = Face((1.5, 1.5, 14.5, 14.5), np.zeros((5, 2)), 1.0, np.zeros(512))
     seen = iter([[found], [], [found, found]])  # by the detector, in the pictures that the base makes
     personalizer.encode([picture], "woman", replace(config, prior_pictures=3))
     monkeypatch.setattr(personalizer.finder, "detect", lambda image: next(seen))

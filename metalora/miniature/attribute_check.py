@@ -33,6 +33,7 @@ from metalora.miniature.training import Job, read_figures
 
 SHOWN, COLUMNS = 20, 10  # pictures on the sheet
 DRAFTS = 4  # captions of a scene, of which the longest is drawn from
+LOOKS = ("hair", "hair_colour", "skin")  # what should be as in the photo that a person was learnt from, as far as a prompt does not say otherwise
 Check = dict[str, dict[str, float]]
 
 
@@ -93,6 +94,20 @@ def _share(hits: list[bool]) -> dict[str, float]:
     return {"asked": len(hits), "found": round(sum(hits) / len(hits), 4), "low": round(interval.low, 4), "high": round(interval.high, 4)}
 
 
+def looks(classifier: Classifier, images: torch.Tensor, photos: torch.Tensor, texts: Sequence[str]) -> Check:
+    """Of how much of LOOKS the judge reads the same off pictures and off the photos that those in them were learnt from, both (n, 3, size, size).
+
+    Only texts count that ask for a photo and for no hat, which hides hair. As `agreement`; nothing where there is no such text.
+    """
+    asked = [named(text) for text in texts]
+    plain = [k for k, each in enumerate(asked) if each.get("style") == "photo" and "hat" not in each]
+    if not plain:
+        return {}
+    same = classifier.read_off(images[plain]) == classifier.read_off(photos[plain])
+    hits = [hit for k, row in zip(plain, same.tolist()) for head, hit in zip(HEADS, row, strict=True) if head in LOOKS and head not in asked[k]]
+    return {"looks": _share(hits)}
+
+
 class Drawn(NamedTuple):
     """What a base draws, judged."""
 
@@ -129,14 +144,15 @@ def trained_judge(work: Path) -> tuple[Classifier, int]:
 
 
 def check_evaluation(classifier: Classifier, size: int, folder: Path) -> dict[str, Check]:
-    """Agreement of the pictures of every method of an evaluation."""
+    """Agreement of the pictures of every method of an evaluation with the prompts, and of their looks with the photos."""
     found = {}
     for method in sorted({path.parent for path in folder.glob("*/*.jsonl")}):
         rows = [json.loads(line) for path in sorted(method.glob("*.jsonl")) for line in path.read_text().splitlines()]
         rows = [row for row in rows if row.get("picture")]
         if rows:
-            images = stacked([Image.open(folder / row["picture"]).convert("RGB").resize((size, size)) for row in rows])
-            found[rows[0]["method"]] = agreement(classifier, images, [row["prompt"].replace("{person}", f"a {row['domain']}") for row in rows])
+            images, photos = (stacked([Image.open(folder / row[of]).convert("RGB").resize((size, size)) for row in rows]) for of in ("picture", "reference"))
+            texts = [row["prompt"].replace("{person}", f"a {row['domain']}") for row in rows]
+            found[rows[0]["method"]] = agreement(classifier, images, texts) | looks(classifier, images, photos, texts)
     if not found:
         raise MetaLoraError(f"{folder} has no pictures of an evaluation; give the folder that `metalora evaluate` wrote.")
     return found
@@ -149,7 +165,7 @@ def stacked(images: Iterable[Image.Image]) -> torch.Tensor:
 
 def _table(found: dict[str, Check]) -> Iterator[str]:
     yield f"{'':14}" + "".join(f"{name:>28}" for name in found)
-    for head in (*HEADS, "all"):
+    for head in (*HEADS, "all", "looks"):
         cells = [check.get(head) for check in found.values()]
         if any(cells):
             yield f"{head:14}" + "".join(f"{c['found']:>12.1%} ({c['low']:.0%}-{c['high']:.0%})" if c else "" for c in cells)

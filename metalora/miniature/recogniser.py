@@ -47,7 +47,8 @@ class Residual(nn.Module):
 class Recogniser(nn.Module):
     """Crops (n, 3, 112, 112) in [-1, 1] to embeddings (n, 512) of any length.
 
-    A face of the miniature is some fifty pixels wide, so the crop is halved at once; `embed` takes it at that size.
+    A face of the miniature is some fifty pixels wide, so the crop is halved at once; `embed` takes it at that size. A crop has the sum
+    of its own embedding and its mirror image's, as ArcFace is evaluated: what errs with the side of the light, or with a keypoint, evens out.
     """
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 128), last: int = 24):
@@ -62,7 +63,8 @@ class Recogniser(nn.Module):
         return self.head(self.maps(halves).flatten(1))  # the last map is (n, last, 7, 7)
 
     def forward(self, crops: torch.Tensor) -> torch.Tensor:
-        return self.embed(F.avg_pool2d(crops, 2))
+        halves = F.avg_pool2d(crops, 2)
+        return self.embed(halves) + self.embed(halves.flip(-1))
 
 
 class Names(nn.Module):
