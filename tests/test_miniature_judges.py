@@ -181,7 +181,7 @@ RECORDS = [RECORD, RECORD | {"hat": None, "hat_colour": None}]
 
 def test_shares_and_their_intervals():
     images = torch.tensor([0] * 8 + [1] * 2, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-    found = attribute_check.agreement(Reader(RECORDS), images, ["a photo of a woman, in a red cap, in a park"] * 10)
+    found = attribute_check.agreement(Reader(RECORDS).read_off(images), ["a photo of a woman, in a red cap, in a park"] * 10)
     assert found.keys() == {"sex", "style", "hat", "hat_colour", "background", "all"}
     assert found["hat"] == {"asked": 10, "found": 0.8, "low": 0.4902, "high": 0.9433}  # Wilson's interval of 8 of 10, as tables have it
     assert found["background"]["found"] == 1.0 and found["all"] == found["all"] | {"asked": 50, "found": 0.92}
@@ -189,11 +189,11 @@ def test_shares_and_their_intervals():
 
 def test_looks_are_compared_with_the_photo_where_the_prompt_leaves_them_be():
     records = [RECORD | {"hair": "curly", "hair_colour": "red", "skin": "dark"}, RECORD | {"hair": "curly", "hair_colour": "black", "skin": "dark"}]
-    photos, pictures = (torch.full((4, 3, 4, 4), number, dtype=torch.uint8) for number in (0, 1))
+    photos, pictures = (Reader(records).read_off(torch.full((4, 3, 4, 4), number, dtype=torch.uint8)) for number in (0, 1))
     texts = ["a photo of a woman, smiling", "a photo of a woman with black hair", "a photo of a woman, in a red cap", "a pencil drawing of a woman"]
-    found = attribute_check.looks(Reader(records), pictures, photos, texts)["looks"]
+    found = attribute_check.looks(pictures, photos, texts)["looks"]
     assert (found["asked"], found["found"]) == (5, 0.8)  # hair, its colour and skin of the first, hair and skin of the second
-    assert attribute_check.looks(Reader(records), pictures[2:], photos[2:], texts[2:]) == {}
+    assert attribute_check.looks(pictures[2:], photos[2:], texts[2:]) == {}
 
 
 def test_the_pictures_of_an_evaluation_are_read_method_by_method(tmp_path: Path):

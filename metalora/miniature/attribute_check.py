@@ -76,9 +76,8 @@ def _thing(thing: str) -> dict[str, str]:
     return {}
 
 
-def agreement(classifier: Classifier, images: torch.Tensor, texts: Iterable[str]) -> Check:
-    """By attribute: how many pictures were asked for it, the share in which it is found, and the 95 % interval of Wilson of that."""
-    found = classifier.read_off(images)
+def agreement(found: torch.Tensor, texts: Iterable[str]) -> Check:
+    """Of what was read off pictures (n, heads), by attribute: how many were asked for it, the share in which it is found, and the 95 % interval of Wilson of that."""
     hits: dict[str, list[bool]] = {}
     for classes, text in zip(found.tolist(), texts, strict=True):
         asked = named(text)
@@ -94,18 +93,16 @@ def _share(hits: list[bool]) -> dict[str, float]:
     return {"asked": len(hits), "found": round(sum(hits) / len(hits), 4), "low": round(interval.low, 4), "high": round(interval.high, 4)}
 
 
-def looks(classifier: Classifier, images: torch.Tensor, photos: torch.Tensor, texts: Sequence[str]) -> Check:
-    """Of how much of LOOKS the judge reads the same off pictures and off the photos that those in them were learnt from, both (n, 3, size, size).
+def looks(found: torch.Tensor, photos: torch.Tensor, texts: Iterable[str]) -> Check:
+    """How much of LOOKS is the same in what was read off pictures and off the photos that those in them were learnt from, both (n, heads).
 
     Only texts count that ask for a photo and for no hat, which hides hair. As `agreement`; nothing where there is no such text.
     """
-    asked = [named(text) for text in texts]
-    plain = [k for k, each in enumerate(asked) if each.get("style") == "photo" and "hat" not in each]
-    if not plain:
-        return {}
-    same = classifier.read_off(images[plain]) == classifier.read_off(photos[plain])
-    hits = [hit for k, row in zip(plain, same.tolist()) for head, hit in zip(HEADS, row, strict=True) if head in LOOKS and head not in asked[k]]
-    return {"looks": _share(hits)}
+    hits: list[bool] = []
+    for same, asked in zip((found == photos).tolist(), map(named, texts), strict=True):
+        if asked.get("style") == "photo" and "hat" not in asked:
+            hits += [hit for head, hit in zip(HEADS, same, strict=True) if head in LOOKS and head not in asked]
+    return {"looks": _share(hits)} if hits else {}
 
 
 class Drawn(NamedTuple):
@@ -127,7 +124,7 @@ def check_base(classifier: Classifier, base: Base, pictures: int, guidance: floa
     columns = min(COLUMNS, pictures)
     rendered = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in true]
     rows = [row for k in range(0, min(SHOWN, pictures) - columns + 1, columns) for row in (rendered[k:k + columns], drawn[k:k + columns])]
-    found = {"generated": agreement(classifier, stacked(drawn), texts), "true renders": agreement(classifier, true, texts)}
+    found = {of: agreement(classifier.read_off(images), texts) for of, images in (("generated", stacked(drawn)), ("true renders", true))}
     return Drawn(found, _faces(base, drawn, rendered), contact_sheet([image for row in rows for image in row], columns))
 
 
@@ -145,14 +142,19 @@ def trained_judge(work: Path) -> tuple[Classifier, int]:
 
 def check_evaluation(classifier: Classifier, size: int, folder: Path) -> dict[str, Check]:
     """Agreement of the pictures of every method of an evaluation with the prompts, and of their looks with the photos."""
+    def read(rows: Sequence[dict], of: str) -> torch.Tensor:
+        """What the judge reads off the file that each row names, (rows, heads); a file that several name is read once."""
+        names, which = np.unique([row[of] for row in rows], return_inverse=True)
+        return classifier.read_off(stacked([Image.open(folder / name).convert("RGB").resize((size, size)) for name in names]))[which]
+
     found = {}
     for method in sorted({path.parent for path in folder.glob("*/*.jsonl")}):
         rows = [json.loads(line) for path in sorted(method.glob("*.jsonl")) for line in path.read_text().splitlines()]
         rows = [row for row in rows if row.get("picture")]
         if rows:
-            images, photos = (stacked([Image.open(folder / row[of]).convert("RGB").resize((size, size)) for row in rows]) for of in ("picture", "reference"))
+            pictures, photos = (read(rows, of) for of in ("picture", "reference"))
             texts = [row["prompt"].replace("{person}", f"a {row['domain']}") for row in rows]
-            found[rows[0]["method"]] = agreement(classifier, images, texts) | looks(classifier, images, photos, texts)
+            found[rows[0]["method"]] = agreement(pictures, texts) | looks(pictures, photos, texts)
     if not found:
         raise MetaLoraError(f"{folder} has no pictures of an evaluation; give the folder that `metalora evaluate` wrote.")
     return found

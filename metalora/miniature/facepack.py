@@ -94,6 +94,18 @@ def auc(same: np.ndarray, different: np.ndarray) -> float:
     return float(below.mean() / len(different))
 
 
+def identification(similarity: np.ndarray, persons: np.ndarray) -> dict[str, float]:
+    """From how alike pictures of these persons (n,) are, (n, n): `rank_1`, the share of pictures nearest to their own person's first, among the first of everybody.
+
+    Returns:
+        rank_1, and the number of people as `gallery`. The first pictures themselves do not count.
+    """
+    gallery = np.unique(persons, return_index=True)[1]
+    probes = np.setdiff1d(np.arange(len(persons)), gallery)
+    nearest = gallery[similarity[np.ix_(probes, gallery)].argmax(axis=1)]
+    return {"rank_1": round(float((persons[nearest] == persons[probes]).mean()), 4), "gallery": len(gallery)}
+
+
 def separation(embeddings: np.ndarray, persons: np.ndarray) -> dict[str, float]:
     """How well unit embeddings (n, d) tell people apart.
 
@@ -108,11 +120,7 @@ def separation(embeddings: np.ndarray, persons: np.ndarray) -> dict[str, float]:
     upper = np.triu(np.ones_like(similarity, dtype=bool), 1)
     equal = persons[:, None] == persons[None]
     same, different = similarity[upper & equal], similarity[upper & ~equal]
-    gallery = np.array([np.flatnonzero(persons == person)[0] for person in np.unique(persons)])
-    probes = np.setdiff1d(np.arange(len(persons)), gallery)
-    nearest = gallery[similarity[np.ix_(probes, gallery)].argmax(axis=1)]
-    return {"auc": round(auc(same, different), 4), "rank_1": round(float((persons[nearest] == persons[probes]).mean()), 4),
-            "gallery": len(gallery), "same": round(float(same.mean()), 3), "different": round(float(different.mean()), 3)}
+    return {"auc": round(auc(same, different), 4), **identification(similarity, persons), "same": round(float(same.mean()), 3), "different": round(float(different.mean()), 3)}
 
 
 def kernel_distance(one: np.ndarray, other: np.ndarray) -> float | None:
