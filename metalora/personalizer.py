@@ -256,14 +256,13 @@ class Personalizer:
                 for picture in (image, cache.face_mask(image.size, box, config.background))
             )
             caption = captioner.caption(cut[0], f"{settings.trigger} {domain}", domain)
-            both, seen = partial(_both_ways, config.crops, len(cut)), str(caption)
+            both = partial(_both_ways, config.crops, len(cut))
             with plain_faults():
-                data = cache.encode(self.base, cache.to_tensor(cut), both(seen), masks=cache.to_weights(mask) if config.background < 1 else None)
-                if config.asked_draws and not whole:
-                    caption = self._ask(data.pictures(torch.arange(config.crops)), caption, config)
-                others = caption.reworded(REWORDINGS, random.Random(config.seed)) if config.reworded else []
-                if others or str(caption) != seen:
-                    data = cache.captioned(self.base, data, list(zip(*(both(str(each)) for each in (caption, *others)))))
+                data = cache.encode(self.base, cache.to_tensor(cut), both(str(caption)), masks=cache.to_weights(mask) if config.background < 1 else None)
+                told = self._ask(data.pictures(torch.arange(config.crops)), caption, config) if config.asked_draws and not whole else caption
+                captions = [told, *(told.reworded(REWORDINGS, random.Random(config.seed)) if config.reworded else [])]
+                if captions != [caption]:
+                    data = cache.captioned(self.base, data, list(zip(*(both(str(each)) for each in captions))))
             sets.append(data)
         return cache.merge(sets)
 
