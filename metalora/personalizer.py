@@ -32,9 +32,14 @@ from .train import StepReport
 
 Photo = Any  # a path, bytes, a PIL image or an array
 Method = Callable[..., Generator[StepReport, None, Identity]]  # (data, config, preview=..., preview_every=...)
+Pause = Callable[[], object]  # called now and then in longer work that has no steps; raise Cancelled in it to stop
 NAMED_SHARE = 0.5  # of the groups of phrases, those of which each of the base's own pictures shows one
 REWORDINGS = 5  # other captions of a photo to be learnt under, at most, for each group of phrases: a group of many does not come more often
 PREVIEW_STEPS = 10  # denoising steps of a preview, at most
+
+
+def _go_on() -> None:
+    """The pause of who does not mean to stop."""
 
 
 class Encoded(NamedTuple):
@@ -163,58 +168,63 @@ class Personalizer:
 
     def adapt_steps(
         self, photos: Photo | Sequence[Photo], domain: str, steps: int | None = None, seed: int = 0, *,
-        face: int | None = None, preview_every: int = 0,
+        face: int | None = None, preview_every: int = 0, pause: Pause = _go_on,
     ) -> Generator[StepReport, None, Identity]:  # fmt: skip
         """The same as a generator of reports whose return value is the identity. Close it to stop; nothing half done is kept.
 
         With `preview_every`, every so many steps a report carries a picture of the person so far, always from the same noise.
+        What comes before the first step takes a while too; `pause` is called again and again meanwhile, and may raise Cancelled to stop.
         """
         config = self.adapt_config(domain)
         config = replace(config, steps=config.steps if steps is None else steps, seed=seed)
         if self.is_plain:
-            return self.adapt_plain_steps(photos, domain, self.base.settings.plain_rank, config, face=face, preview_every=preview_every)
-        return self.adapt_meta_steps(photos, domain, config, face=face, preview_every=preview_every)
+            return self.adapt_plain_steps(photos, domain, self.base.settings.plain_rank, config, face=face, preview_every=preview_every, pause=pause)
+        return self.adapt_meta_steps(photos, domain, config, face=face, preview_every=preview_every, pause=pause)
 
     def adapt_meta_steps(
-        self, photos: Photo | Sequence[Photo], domain: str, config: AdaptConfig, *, face: int | None = None, preview_every: int = 0
-    ) -> Generator[StepReport, None, Identity]:
+        self, photos: Photo | Sequence[Photo], domain: str, config: AdaptConfig, *, face: int | None = None, preview_every: int = 0,
+        pause: Pause = _go_on,
+    ) -> Generator[StepReport, None, Identity]:  # fmt: skip
         """The same with the domain's Meta-Down and settings of one's own."""
-        return self._start(partial(self._learn_meta, self.meta_down(domain)), photos, domain, config, face, preview_every)
+        return self._start(partial(self._learn_meta, self.meta_down(domain)), photos, domain, config, face, preview_every, pause)
 
     def adapt_plain_steps(
-        self, photos: Photo | Sequence[Photo], domain: str, rank: int, config: AdaptConfig, *, face: int | None = None, preview_every: int = 0
-    ) -> Generator[StepReport, None, Identity]:
+        self, photos: Photo | Sequence[Photo], domain: str, rank: int, config: AdaptConfig, *, face: int | None = None, preview_every: int = 0,
+        pause: Pause = _go_on,
+    ) -> Generator[StepReport, None, Identity]:  # fmt: skip
         """The same as an ordinary LoRA of that rank, for comparison, or for a base without a Meta-Down."""
         shape = replace(self.base.settings.adapter, rank=rank)
-        return self._start(partial(stage2.adapt_plain, self.base, shape, domain), photos, domain, config, face, preview_every)
+        return self._start(partial(stage2.adapt_plain, self.base, shape, domain), photos, domain, config, face, preview_every, pause)
 
     def _learn_meta(self, meta_down: MetaDown, data: cache.TrainingSet, config: AdaptConfig, **more: Any) -> Generator[StepReport, None, Identity]:
         """Stage 2 from where the face in the photos, which were encoded last, says."""
         return stage2.adapt(self.base, meta_down, data, config, face=torch.from_numpy(self._encoded.face), **more)
 
     def _start(
-        self, learn: Method, photos: Any, domain: str, config: AdaptConfig, face: int | None, preview_every: int
+        self, learn: Method, photos: Any, domain: str, config: AdaptConfig, face: int | None, preview_every: int, pause: Pause
     ) -> Generator[StepReport, None, Identity]:
         self._finish_other()
         if config.steps < 1:
             raise MetaLoraError(f"Steps must be 1 or more, not {config.steps}.")
         if not 0 <= config.seed < 2**63:
             raise MetaLoraError(f"The seed must be a whole number from 0, below 2**63, not {config.seed}.")
-        self._running = self._adapt(learn, _listed(photos), domain, config, face, preview_every)
+        self._running = self._adapt(learn, _listed(photos), domain, config, face, preview_every, pause)
         return self._running
 
     def _adapt(
-        self, learn: Method, photos: list[Photo], domain: str, config: AdaptConfig, face: int | None, preview_every: int
+        self, learn: Method, photos: list[Photo], domain: str, config: AdaptConfig, face: int | None, preview_every: int, pause: Pause
     ) -> Generator[StepReport, None, Identity]:
-        data = self.encode(photos, domain, config, face)
+        data = self.encode(photos, domain, config, face, pause)
         preview = self._preview(domain) if preview_every else None
         with plain_faults():
             if config.prior_pictures and not self.finder_of(domain).whole:  # in pictures of others the subject does not count, which is all of them here
-                data = cache.merge([data, *self._prior(domain, config.prior_pictures, config.seed)])
+                data = cache.merge([data, *self._prior(domain, config.prior_pictures, config.seed, pause)])
             unload_people(self.base)
             return (yield from learn(data, config, preview=preview, preview_every=preview_every))
 
-    def encode(self, photos: Sequence[Photo], domain: str, config: AdaptConfig | None = None, face: int | None = None) -> cache.TrainingSet:
+    def encode(
+        self, photos: Sequence[Photo], domain: str, config: AdaptConfig | None = None, face: int | None = None, pause: Pause = _go_on
+    ) -> cache.TrainingSet:
         """Photos → crops round the face with captions, encoded: what stage 2 trains on. The last set is kept for another try.
 
         Where the whole picture is the subject there is one crop, the largest square, as it is, and no background.
@@ -228,7 +238,7 @@ class Personalizer:
         if self._encoded is None or self._encoded.key != key:
             faces = [self._pick(number, image, domain, face, len(images)) for number, image in enumerate(images, 1)]
             mean = np.mean([found.embedding for found in faces], axis=0)
-            self._encoded = Encoded(key, self._encode(images, faces, domain, config), mean / np.linalg.norm(mean))
+            self._encoded = Encoded(key, self._encode(images, faces, domain, config, pause), mean / np.linalg.norm(mean))
         return self._encoded.data
 
     def forget(self) -> None:
@@ -245,11 +255,12 @@ class Personalizer:
             except SeveralFaces:
                 return self.pick(image, domain, face)
 
-    def _encode(self, images: Sequence[Image.Image], faces: Sequence[Face], domain: str, config: AdaptConfig) -> cache.TrainingSet:
+    def _encode(self, images: Sequence[Image.Image], faces: Sequence[Face], domain: str, config: AdaptConfig, pause: Pause) -> cache.TrainingSet:
         settings, whole = self.base.settings, self.finder_of(domain).whole
         captioner = Captioner(self.clip, settings.thing_phrases if whole else settings.caption_phrases)
         sets = []
         for number, (image, found) in enumerate(zip(images, faces)):
+            pause()
             box = found.box
             cut, mask = (  # the mask is cut as the photo is; a thing is not mirrored: handles would change sides, and letters
                 stage2.crops(picture, box, settings.train_resolution, config, config.seed + number, mirror=not whole)
@@ -259,22 +270,22 @@ class Personalizer:
             both = partial(_both_ways, config.crops, len(cut))
             with plain_faults():
                 data = cache.encode(self.base, cache.to_tensor(cut), both(str(caption)), masks=cache.to_weights(mask) if config.background < 1 else None)
-                told = self._ask(data.pictures(torch.arange(config.crops)), caption, config) if config.asked_draws and not whole else caption
+                told = self._ask(data.pictures(torch.arange(config.crops)), caption, config, pause) if config.asked_draws and not whole else caption
                 captions = [told, *(told.reworded(REWORDINGS, random.Random(config.seed)) if config.reworded else [])]
                 if captions != [caption]:
                     data = cache.captioned(self.base, data, list(zip(*(both(str(each)) for each in captions))))
             sets.append(data)
         return cache.merge(sets)
 
-    def _ask(self, data: cache.TrainingSet, caption: Caption, config: AdaptConfig) -> Caption:
+    def _ask(self, data: cache.TrainingSet, caption: Caption, config: AdaptConfig, pause: Pause) -> Caption:
         """The caption with what the base itself, nobody in it, says of the encoded crops."""
         unload_people(self.base)
         known = str(caption)
         for group in self.base.settings.asked_phrases:
-            caption = caption.saying(phrases.truest(self.base, data, known, group, config.asked_draws, config.batch_size, config.seed), group)
+            caption = caption.saying(phrases.truest(self.base, data, known, group, config.asked_draws, config.batch_size, config.seed, pause), group)
         return caption
 
-    def _prior(self, domain: str, count: int, seed: int) -> list[cache.TrainingSet]:
+    def _prior(self, domain: str, count: int, seed: int, pause: Pause) -> list[cache.TrainingSet]:
         """What the base makes of others of the class, under the person's words and without the faces; see `config.prior_pictures`.
 
         Prompts name now this, now that. A picture without a face is left out. The last set is kept for the next person.
@@ -286,7 +297,7 @@ class Personalizer:
             for place in range(count):
                 named = [rng.choice(group) for group in settings.prompt_phrases if rng.random() < NAMED_SHARE]
                 prompt = ", ".join([f"a photo of {PLACE}", *named])
-                (picture,) = generate(self.base, [fill(prompt, anyone(domain))], [], GenerateConfig(1, seed + place, size=size))
+                (picture,) = generate(self.base, [fill(prompt, anyone(domain))], [], GenerateConfig(1, seed + place, size=size), lambda *_: pause())
                 masks = [cache.face_mask(size, face.box, background=1.0, face=0.0) for face in self.finder.detect(picture)[:1]]
                 if masks:
                     sets.append(cache.encode(self.base, cache.to_tensor([picture]), [fill(prompt, words)], masks=cache.to_weights(masks)))

@@ -6,7 +6,7 @@ A diffusion model knows what it draws, expressions of a face among them, where a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,11 +22,11 @@ ROUNDS = 3
 
 
 @torch.no_grad()
-def truest(base: Base, data: TrainingSet, caption: str, phrases: Sequence[str], draws: int, batch_size: int, seed: int = 0) -> str:
+def truest(base: Base, data: TrainingSet, caption: str, phrases: Sequence[str], draws: int, batch_size: int, seed: int = 0, pause: Callable[[], object] = lambda: None) -> str:
     """The one of `phrases` that, put behind `caption`, has the least loss on the encoded pictures `data`, over `draws` of picture, noise and noise level.
 
     All phrases have the same draws, `batch_size` at a time; after each of ROUNDS equal parts of them the worse half drops out. The base
-    is taken as it stands, with whatever is attached to it.
+    is taken as it stands, with whatever is attached to it. `pause` is called before each batch; raise Cancelled in it to stop.
     """
     text = base.encode_prompts([f"{caption}, {phrase}" for phrase in phrases])
     data = replace(data, text=text).to(base.device, base.dtype)
@@ -37,6 +37,7 @@ def truest(base: Base, data: TrainingSet, caption: str, phrases: Sequence[str], 
         for _ in range(ROUNDS):
             told = [replace(data, captions=torch.full_like(data.captions, number)) for number in left.tolist()]
             for _ in range(batches):
+                pause()
                 drawn = draw(data, next(rows), generator, LITTLE_NOISE)
                 total[left] += base.persevere(lambda: torch.stack([loss_of(base, each, drawn) for each in told])).cpu()
             left = left[total[left].argsort()][: (len(left) + 1) // 2]

@@ -194,7 +194,7 @@ class Studio:
         with self._desk:
             photos = np.stack([self._embed(photo, domain, face, "click the one to learn")])
             others = [self._embed(each, domain, None, f"leave {Path(each).name} out, or cut it to the one") for each in held_out]
-            run = personalizer.adapt_steps([photo], domain, steps, seed, face=face, preview_every=preview_every)
+            run = personalizer.adapt_steps([photo], domain, steps, seed, face=face, preview_every=preview_every, pause=stop.check)
             try:
                 while True:
                     stop.check()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from metalora import Personalizer, phrases
+from metalora import Cancelled, Personalizer, phrases
 from metalora.cache import captioned, encode, to_tensor
 from metalora.face import Face, FaceFinder
 from metalora.generate import use_people
@@ -21,7 +21,7 @@ from metalora.phrases import LITTLE_NOISE, truest
 from metalora.photo import load_photo
 from metalora.train import flow_loss
 
-from .conftest import state_hash
+from .conftest import run, state_hash
 from .parts import write_people
 from .test_generate import person_of
 
@@ -77,6 +77,25 @@ def test_nobody_is_in_the_base_that_is_asked(asking, base, meta_down, config, tm
     use_people(base, [person_of(base, meta_down)])
     asking.encode([picture], "woman", replace(config, crops=1, asked_draws=6))
     assert seen == [bare]
+
+
+def test_what_comes_before_the_first_step_can_be_stopped_anywhere(asking, base, config, tmp_path):
+    picture = write_people(tmp_path, {"ann": "woman"}) / "ann-0.png"
+    config = replace(config, crops=2, asked_draws=6, prior_pictures=2)
+    calls, before = [], state_hash(base.transformer)
+    _, whole = run(asking.adapt_meta_steps(picture, "woman", config, pause=lambda: calls.append(1)))
+    assert len(calls) > 2 * base.settings.inference_steps  # a pause a step of the two pictures, and those of the photo
+    for last in range(1, len(calls) + 1):
+        again, left = Personalizer(asking.base, asking.meta_down("woman")), iter(range(last - 1))
+
+        def pause() -> None:
+            if next(left, None) is None:
+                raise Cancelled
+
+        with pytest.raises(Cancelled):
+            next(again.adapt_meta_steps(picture, "woman", config, pause=pause))
+        assert state_hash(base.transformer) == before
+    assert run(again.adapt_meta_steps(picture, "woman", config))[1].sha256 == whole.sha256
 
 
 @pytest.mark.parametrize("draws", [0, 6])
