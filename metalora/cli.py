@@ -201,7 +201,6 @@ def meta_train(
     from . import hub
     from .config import AdaptConfig, overlay, read_settings
     from .data import load_dataset
-    from .methods import check_settings
     from .progress import Line, tensorboard
 
     given = {"rounds": rounds, "direction_people": directions, "subject": subject}
@@ -210,7 +209,7 @@ def meta_train(
         raise MetaLoraError("--set has the seed; give it with --seed.")
     changes = told | {key: value for key, value in given.items() if value is not None} | {"seed": seed}
     of_domain = read_settings(adapt, "--adapt") if adapt else {}
-    check_settings(overlay(AdaptConfig(), of_domain, "--adapt"), "--adapt")
+    overlay(AdaptConfig(), of_domain, "--adapt")
     people = load_dataset(dataset, open_pictures=True).of_domain(domain)
     _fetched(lambda seen: hub.base_folder(base, on_fetch=seen, before=lambda configs: _check_memory(configs, plan, "stage 1")))
     folder = _fetched(lambda seen: hub.meta_down_folder(begin, domain, on_fetch=seen)) if begin else None

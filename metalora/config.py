@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import MetaLoraError
+from .errors import MetaLoraError, naming
 
 FORMAT_VERSION = 1
 DEFAULT_BASE = "miniature"
@@ -22,6 +22,7 @@ ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))  # a Space whose GPUs come an
 SETTINGS_FILE = "metalora.json"
 # Attention and feed-forward layers of every block. Anchored on the blocks: the bare suffix `proj_out` would also hit the final layer.
 BLOCK_LINEARS = r"^(single_)?transformer_blocks\.\d+\.(attn|ff|ff_context|proj_mlp|proj_out)\b"
+OUT_OF_RANGE = "out of range: counts are 1 or more, rates above 0, shares 0 to 1"
 FACE, PICTURE = SUBJECTS = ("face", "picture")  # what a domain's photos are of: a face in each; or, where the domain is of things, the whole picture
 
 
@@ -85,6 +86,16 @@ class AdaptConfig:
     # takes a C++ compiler, a sixth.
     compiled: bool = False
 
+    def __post_init__(self) -> None:
+        counts = min(self.steps, self.batch_size, self.crops) >= 1
+        rates = min(self.learning_rate, self.max_grad_norm, self.flow.logit_std, self.up_rate, self.scale) > 0
+        rest = min(self.weight_decay, self.warmup_steps, self.prior_pictures, self.asked_draws, self.rank, self.meta_rank) >= 0
+        shares = (self.background, self.start_mid, self.start_up, self.start_face, self.skip_blocks, self.ema, self.reworded)
+        whole = all(0 <= share <= 1 for share in shares) and max(self.skip_blocks, self.ema) < 1
+        margin = len(self.margin) == 2 and 0 <= self.margin[0] <= self.margin[1]
+        if not (counts and rates and rest and whole and margin):
+            raise MetaLoraError(f"A setting of stage 2 is {OUT_OF_RANGE}, a margin goes from less to more.")
+
     def ranks(self, adapter: AdapterConfig) -> tuple[int, int]:
         """Rank of a person with that Meta-Down, and how many of its rows are theirs; a higher rank than rows is worth nothing."""
         rows = min(self.meta_rank or adapter.meta_rank, adapter.meta_rank)
@@ -126,7 +137,7 @@ class MetaConfig:
         rest = min(self.rounds, self.warmup_steps, self.weight_decay, self.validation_every, self.validation_people, self.validation_steps,
                    self.direction_people, self.predict_rank, self.predict_steps) >= 0  # fmt: skip
         if not (counts and rates and rest and 0 <= self.background <= 1 and 0 <= self.start_rate <= 1):
-            raise MetaLoraError("A setting of stage 1 is out of range: counts are 1 or more, rates above 0, shares 0 to 1.")
+            raise MetaLoraError(f"A setting of stage 1 is {OUT_OF_RANGE}.")
 
 
 @dataclass(frozen=True)
@@ -186,12 +197,14 @@ class BaseSettings:
 
 
 def overlay(config: Any, values: Mapping[str, Any], where: str = "the settings") -> Any:
-    """`config` with `values` laid over it, nested dataclasses too; a name that does not exist is a MetaLoraError."""
+    """`config` with `values` laid over it, nested dataclasses too; MetaLoraError for a name that does not exist, or a value that the setting cannot have."""
     known = {f.name for f in fields(config)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise MetaLoraError(f"{where} has no setting named {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
-    return replace(config, **{k: _convert(getattr(config, k), v, f"{k} in {where}") for k, v in values.items()})
+    changes = {k: _convert(getattr(config, k), v, f"{k} in {where}") for k, v in values.items()}
+    with naming(where):
+        return replace(config, **changes)
 
 
 def read_settings(text: str, where: str) -> dict[str, Any]:

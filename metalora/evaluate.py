@@ -187,7 +187,7 @@ class Bench:
         base = self.personalizer.base
         settings = common | {"base": base.name, "fingerprint": base.fingerprint, "steps": self.steps(method)}
         if method.kind in LEARNING:
-            settings["adapt"] = repr(replace(self.settings(method), steps=0))
+            settings["adapt"] = repr(replace(self.settings(method), steps=1))  # whatever their number, the settings are the same
         if method.degrade:
             settings["degrade"] = asdict(method.degrade)
         if method.kind == "meta-lora":

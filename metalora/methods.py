@@ -77,16 +77,5 @@ def _settings(text: str, where: str) -> tuple[dict[str, Any], int | None]:
     settings = read_settings(text, where)
     if "seed" in settings:
         raise MetaLoraError("The seed is the same for all methods; give it with --seed.")
-    check_settings(overlay(AdaptConfig(), settings, where), where)
+    overlay(AdaptConfig(), settings, where)
     return settings, settings.pop("steps", None)
-
-
-def check_settings(config: AdaptConfig, where: str) -> None:
-    """MetaLoraError, which begins with `where`, for settings that nothing can be learnt with."""
-    counts = min(config.steps, config.batch_size, config.crops) >= 1
-    sizes = min(config.learning_rate, config.max_grad_norm, config.flow.logit_std, config.up_rate, config.scale) > 0
-    rest = min(config.weight_decay, config.warmup_steps, config.prior_pictures, config.asked_draws, config.rank, config.meta_rank) >= 0
-    shares = all(0 <= share <= 1 for share in (config.background, config.start_mid, config.start_up, config.start_face, config.skip_blocks, config.ema, config.reworded)) and max(config.skip_blocks, config.ema) < 1
-    margin = len(config.margin) == 2 and 0 <= config.margin[0] <= config.margin[1]
-    if not (counts and sizes and rest and shares and margin):
-        raise MetaLoraError(f"{where} has a setting out of range: counts are 1 or more, rates above 0, shares 0 to 1, a margin goes from less to more.")

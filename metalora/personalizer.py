@@ -175,8 +175,11 @@ class Personalizer:
         With `preview_every`, every so many steps a report carries a picture of the person so far, always from the same noise.
         What comes before the first step takes a while too; `pause` is called again and again meanwhile, and may raise Cancelled to stop.
         """
-        config = self.adapt_config(domain)
-        config = replace(config, steps=config.steps if steps is None else steps, seed=seed)
+        config = replace(self.adapt_config(domain), seed=seed)
+        if steps is not None:
+            if steps < 1:
+                raise MetaLoraError(f"Steps must be 1 or more, not {steps}.")
+            config = replace(config, steps=steps)
         if self.is_plain:
             return self.adapt_plain_steps(photos, domain, self.base.settings.plain_rank, config, face=face, preview_every=preview_every, pause=pause)
         return self.adapt_meta_steps(photos, domain, config, face=face, preview_every=preview_every, pause=pause)
@@ -204,8 +207,6 @@ class Personalizer:
         self, learn: Method, photos: Any, domain: str, config: AdaptConfig, face: int | None, preview_every: int, pause: Pause
     ) -> Generator[StepReport, None, Identity]:
         self._finish_other()
-        if config.steps < 1:
-            raise MetaLoraError(f"Steps must be 1 or more, not {config.steps}.")
         if not 0 <= config.seed < 2**63:
             raise MetaLoraError(f"The seed must be a whole number from 0, below 2**63, not {config.seed}.")
         self._running = self._adapt(learn, _listed(photos), domain, config, face, preview_every, pause)

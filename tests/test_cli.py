@@ -201,7 +201,7 @@ def test_settings_of_stage_one_that_nothing_can_be_learnt_with_are_refused(call,
     code, _, err = call(*train, "--set", "bucket_steps=3,warmup_steps=3")
     assert code == 2 and "warm-up" in err
     code, _, err = call(*train, "--adapt", "steps=0")
-    assert code == 2 and "--adapt has a setting out of range" in err and not Path("none").exists()
+    assert code == 2 and "--adapt: A setting of stage 2 is out of range" in err and not Path("none").exists()
 
 
 @pytest.mark.one_family

@@ -49,7 +49,8 @@ def test_settings_come_from_the_file_beside_the_base(tmp_path):
     got = BaseSettings.load(folder)
     assert (got.resolution, got.train_resolution, got.guidance, got.adapter.rank, got.adapter.meta_rank) == (96, 96, 1.0, 2, 16)
     assert got.face_pack == str((tmp_path / "face").resolve()) and got.caption_phrases == (("a", "b"),)
-    for text, words in (("{", "not valid JSON"), ("[]", "one JSON object"), ('{"ranks": 1}', "no setting named ranks"), ('{"resolution": "x"}', "must be a int")):
+    for text, words in (("{", "not valid JSON"), ("[]", "one JSON object"), ('{"ranks": 1}', "no setting named ranks"), ('{"resolution": "x"}', "must be a int"),
+                        ('{"adapt": {"ema": 1}}', "adapt in .* stage 2 is out of range"), ('{"meta": {"start_rate": 2}}', "meta in .* stage 1 is out of range")):
         (folder / "metalora.json").write_text(text)
         with pytest.raises(MetaLoraError, match=words):
             BaseSettings.load(folder)
