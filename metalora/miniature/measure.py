@@ -68,6 +68,7 @@ TABLES = {
     "mugs": Table("mugs", ("base", "meta-lora@40", "meta-lora@80", "meta-lora@125", "meta-lora:start_mid=0,start_up=0@125", "lora-r1@375", f"{LARGE}@125", f"{LARGE}@375"),
                   ("--limit", "24"), sheet=("base", "meta-lora@40")),
     "peer": Table("people", ("base", "meta-lora", "dreambooth-r16:learning_rate=1e-3@500"), ("--limit", "24"))}
+NOTHING = "–"
 USUAL = [name for name in TABLES if name != "peer"]  # whose script is fetched, and needs torchvision
 
 
@@ -122,21 +123,28 @@ def _compared(name: str, evaluation: Path, other: str, beside: Path) -> list[dic
 
 
 def rows(measured: dict[str, Any]) -> Iterator[str]:
-    """The methods as rows of a table in Markdown."""
-    yield "| | identified | R-FaceSim | hair, skin | copying | CLIP-T | asked for, found | an expression | numbers learnt |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for name, scores in measured["methods"].items():
-        found = scores.get("found", {})
-        identified = "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * scores["identification"][part] for part in ("mean", "low", "high")))
-        read = {head: f"{100 * found[head]['found']:.0f} %" if head in found else "–" for head in ("looks", "all", "expression")}
-        cells = [words(name, scores.get("steps")), identified, _mean(scores["r_facesim"], "{:z.3f}"), read["looks"], _mean(scores["copying"], "{:z.2f}"), _mean(scores["clip_t"], "{:z.3f}"),
-                 read["all"], read["expression"],
-                 f"{scores['parameters']:,}" if scores["parameters"] else "–"]
-        yield f"| {' | '.join(cells)} |"
+    """The methods as rows of a table in Markdown; what was measured of none has no column."""
+    likeness = "R-FaceSim" if measured["subject"] == FACE else "likeness to other photos"
+    heads = ["method", "identified", likeness, "hair, skin", "copying", "CLIP-T", "asked for, found", "an expression", "numbers learnt"]
+    lines = [_cells(name, scores) for name, scores in measured["methods"].items()]
+    kept = [place for place, column in enumerate(zip(*lines)) if set(column) != {NOTHING}]
+    for number, line in enumerate([heads, *lines]):
+        yield "| " + " | ".join(line[place] for place in kept) + " |"
+        if number == 0:
+            yield "|" + "---|" * len(kept)
+
+
+def _cells(name: str, scores: dict[str, Any]) -> list[str]:
+    found = scores.get("found", {})
+    identified = "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * scores["identification"][part] for part in ("mean", "low", "high")))
+    looks, everything, expression = (f"{100 * found[head]['found']:.0f} %" if head in found else NOTHING for head in ("looks", "all", "expression"))
+    likeness, copying, clip_t = (_mean(scores[score], form) for score, form in (("r_facesim", "{:z.3f}"), ("copying", "{:z.2f}"), ("clip_t", "{:z.3f}")))
+    numbers = f"{scores['parameters']:,}" if scores["parameters"] else NOTHING
+    return [words(name, scores.get("steps")), identified, likeness, looks, copying, clip_t, everything, expression, numbers]
 
 
 def _mean(score: dict[str, float | None], form: str) -> str:
-    return "–" if score["mean"] is None else form.format(score["mean"])
+    return NOTHING if score["mean"] is None else form.format(score["mean"])
 
 
 def words(method: str, steps: int | None) -> str:
@@ -144,7 +152,7 @@ def words(method: str, steps: int | None) -> str:
     if method == TRUE_PHOTOS:
         return "other true pictures"
     named = Method.parse(method)
-    kind = {"base": "the base without the person", "meta-lora": "Meta-LoRA", "lora": f"LoRA of rank {named.rank}"}.get(named.kind, "diffusers' script")
+    kind = {"base": "the base alone", "meta-lora": "Meta-LoRA", "lora": f"LoRA of rank {named.rank}"}.get(named.kind, "diffusers' script")
     settings = [f"{key} {value}" for key, value in named.settings.items() if key != "learning_rate"]
     return ", ".join([kind, *settings, *([f"{steps} steps"] if steps else []), *([str(named.degrade)] if named.degrade else [])])
 
