@@ -122,7 +122,7 @@ def meta_train(
         if judged_once:
             loss = _validate(base, heads, unseen, config, state.start)
             yield clock.tick(loss, validation=loss)
-        summary = {**asdict(config), "subjects": subjects, "steps": config.rounds * config.bucket_steps}
+        summary = {**asdict(config), "subjects": subjects if config.rounds else len(first), "steps": config.rounds * config.bucket_steps}
         found = MetaDown(state.downs, shape, name, domain, base.name, base.fingerprint, summary, start=state.start, subject=config.subject)
         if begin:
             summary["began at"] = f"{begin.name}, {begin.sha256[:8]}"

@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
     "adapt": {"steps": 100, "learning_rate": 5e-3, **LEARNING},
     "plain": {"steps": 375, "learning_rate": 1e-2, **LEARNING},
     # Directions alone: rounds after them, with what follows here, gain nothing for people of such a rank.
-    "meta": {"direction_people": 400, "batch_size": 32, "background": 0.1, "flow": {"logit_mean": 0.5},
+    "meta": {"direction_people": 1000, "batch_size": 32, "background": 0.1, "flow": {"logit_mean": 0.5},
              "rounds": 0, "bucket_size": 96, "bucket_steps": 100, "warmup_steps": 30, "learning_rate": 2e-3, "down_learning_rate": 2e-4},
 }
 COMMON = ("command", "seed", "training", "model", "steps", "samples", "minutes", "loss", "torch", "device", "earlier")  # of every result.json
