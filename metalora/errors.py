@@ -1,7 +1,9 @@
-"""The two exceptions that the package raises on purpose, and what makes one of a machine that cannot compile."""
+"""The two exceptions that the package raises on purpose, what makes one of a machine that cannot compile, and where work without steps may be stopped."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+Pause = Callable[[], object]  # called now and then in longer work that has no steps; raise Cancelled in it to stop
 
 
 class MetaLoraError(Exception):
@@ -10,6 +12,10 @@ class MetaLoraError(Exception):
 
 class Cancelled(Exception):
     """Raise it in an ``on_step`` callback to stop a training; nothing half done is kept."""
+
+
+def go_on() -> None:
+    """The pause of who does not mean to stop."""
 
 
 @contextmanager

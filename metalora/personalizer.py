@@ -20,7 +20,7 @@ from . import cache, hub, phrases
 from .base import OUT_OF_MEMORY, Base, choice_for
 from .clip import Clip
 from .config import DEFAULT_BASE, FACE, AdaptConfig
-from .errors import MetaLoraError, naming
+from .errors import MetaLoraError, Pause, go_on, naming
 from .face import Face, Finder, SeveralFaces
 from .generate import GenerateConfig, Person, generate, render, unload_people
 from .identity import ExportFormat, Identity
@@ -32,14 +32,9 @@ from .train import StepReport
 
 Photo = Any  # a path, bytes, a PIL image or an array
 Method = Callable[..., Generator[StepReport, None, Identity]]  # (data, config, preview=..., preview_every=...)
-Pause = Callable[[], object]  # called now and then in longer work that has no steps; raise Cancelled in it to stop
 NAMED_SHARE = 0.5  # of the groups of phrases, those of which each of the base's own pictures shows one
 REWORDINGS = 5  # other captions of a photo to be learnt under, at most, for each group of phrases: a group of many does not come more often
 PREVIEW_STEPS = 10  # denoising steps of a preview, at most
-
-
-def _go_on() -> None:
-    """The pause of who does not mean to stop."""
 
 
 class Encoded(NamedTuple):
@@ -168,7 +163,7 @@ class Personalizer:
 
     def adapt_steps(
         self, photos: Photo | Sequence[Photo], domain: str, steps: int | None = None, seed: int = 0, *,
-        face: int | None = None, preview_every: int = 0, pause: Pause = _go_on,
+        face: int | None = None, preview_every: int = 0, pause: Pause = go_on,
     ) -> Generator[StepReport, None, Identity]:  # fmt: skip
         """The same as a generator of reports whose return value is the identity. Close it to stop; nothing half done is kept.
 
@@ -186,14 +181,14 @@ class Personalizer:
 
     def adapt_meta_steps(
         self, photos: Photo | Sequence[Photo], domain: str, config: AdaptConfig, *, face: int | None = None, preview_every: int = 0,
-        pause: Pause = _go_on,
+        pause: Pause = go_on,
     ) -> Generator[StepReport, None, Identity]:  # fmt: skip
         """The same with the domain's Meta-Down and settings of one's own."""
         return self._start(partial(self._learn_meta, self.meta_down(domain)), photos, domain, config, face, preview_every, pause)
 
     def adapt_plain_steps(
         self, photos: Photo | Sequence[Photo], domain: str, rank: int, config: AdaptConfig, *, face: int | None = None, preview_every: int = 0,
-        pause: Pause = _go_on,
+        pause: Pause = go_on,
     ) -> Generator[StepReport, None, Identity]:  # fmt: skip
         """The same as an ordinary LoRA of that rank, for comparison, or for a base without a Meta-Down."""
         shape = replace(self.base.settings.adapter, rank=rank)
@@ -224,7 +219,7 @@ class Personalizer:
             return (yield from learn(data, config, preview=preview, preview_every=preview_every))
 
     def encode(
-        self, photos: Sequence[Photo], domain: str, config: AdaptConfig | None = None, face: int | None = None, pause: Pause = _go_on
+        self, photos: Sequence[Photo], domain: str, config: AdaptConfig | None = None, face: int | None = None, pause: Pause = go_on
     ) -> cache.TrainingSet:
         """Photos → crops round the face with captions, encoded: what stage 2 trains on. The last set is kept for another try.
 

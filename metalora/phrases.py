@@ -6,7 +6,7 @@ A diffusion model knows what it draws, expressions of a face among them, where a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from .base import Base
 from .cache import TrainingSet
 from .config import FlowConfig
+from .errors import Pause, go_on
 from .train import draw, draw_rows, loss_of
 
 # Much noise leaves nothing of a mouth to be seen. At sigma .1 to .5 the loss tells expressions apart best, and this draws mostly there.
@@ -22,11 +23,11 @@ ROUNDS = 3
 
 
 @torch.no_grad()
-def truest(base: Base, data: TrainingSet, caption: str, phrases: Sequence[str], draws: int, batch_size: int, seed: int = 0, pause: Callable[[], object] = lambda: None) -> str:
+def truest(base: Base, data: TrainingSet, caption: str, phrases: Sequence[str], draws: int, batch_size: int, seed: int = 0, pause: Pause = go_on) -> str:
     """The one of `phrases` that, put behind `caption`, has the least loss on the encoded pictures `data`, over `draws` of picture, noise and noise level.
 
     All phrases have the same draws, `batch_size` at a time; after each of ROUNDS equal parts of them the worse half drops out. The base
-    is taken as it stands, with whatever is attached to it. `pause` is called before each batch; raise Cancelled in it to stop.
+    is taken as it stands, with whatever is attached to it. `pause` is called before each batch.
     """
     text = base.encode_prompts([f"{caption}, {phrase}" for phrase in phrases])
     data = replace(data, text=text).to(base.device, base.dtype)

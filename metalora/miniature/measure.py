@@ -31,6 +31,7 @@ DATASETS = {"people": ("--people", UNSEEN), "others": ("--people", "1002000:1002
 RANDOM = '{"direction_people": 0, "rounds": 1, "bucket_size": 2, "bucket_steps": 1, "warmup_steps": 1}'  # of the one round the one step leaves Down be
 SMALL = "meta-lora:rank=2,meta_rank=8,learning_rate=4e-2"  # 64 numbers fewer than a LoRA of rank 1 has
 LARGE = "lora-r16:learning_rate=5e-3"
+NOTHING = "–"  # in a table, where a method has no such figure
 FEW = "0:54"  # as many as stage 1 asks for, though a random Down learns nothing of them
 BAD = [f"--degrade={how}" for how in ("blur=2.5", "blur=5", "dark=0.5", "dark=0.8", "lowres=0.5", "lowres=0.8", "noise=0.05", "noise=0.1", "occlusion=0.15", "occlusion=0.3")]
 
@@ -68,7 +69,6 @@ TABLES = {
     "mugs": Table("mugs", ("base", "meta-lora@40", "meta-lora@80", "meta-lora@125", "meta-lora:start_mid=0,start_up=0@125", "lora-r1@375", f"{LARGE}@125", f"{LARGE}@375"),
                   ("--limit", "24"), sheet=("base", "meta-lora@40")),
     "peer": Table("people", ("base", "meta-lora", "dreambooth-r16:learning_rate=1e-3@500"), ("--limit", "24"))}
-NOTHING = "–"
 USUAL = [name for name in TABLES if name != "peer"]  # whose script is fetched, and needs torchvision
 
 
@@ -128,10 +128,8 @@ def rows(measured: dict[str, Any]) -> Iterator[str]:
     heads = ["method", "identified", likeness, "hair, skin", "copying", "CLIP-T", "asked for, found", "an expression", "numbers learnt"]
     lines = [_cells(name, scores) for name, scores in measured["methods"].items()]
     kept = [place for place, column in enumerate(zip(*lines)) if set(column) != {NOTHING}]
-    for number, line in enumerate([heads, *lines]):
-        yield "| " + " | ".join(line[place] for place in kept) + " |"
-        if number == 0:
-            yield "|" + "---|" * len(kept)
+    head, *body = (f"| {' | '.join(line[place] for place in kept)} |" for line in (heads, *lines))
+    yield from (head, "|" + "---|" * len(kept), *body)
 
 
 def _cells(name: str, scores: dict[str, Any]) -> list[str]:
