@@ -192,8 +192,11 @@ def loss_of(base: Base, data: TrainingSet, drawn: Drawn, adapter: Adapter | None
     noisy, wanted, caption = flow.interpolate(x, noise, sigma).to(base.dtype), flow.target(x, noise), data.caption[rows]
     if n := len(reworded):
         own, caption = caption[:n], torch.cat([data.captions[rows[:n], reworded], caption[n:]])
-        with torch.no_grad(), adapter.passed_over() if adapter else nullcontext():
-            wanted[:n] += _change(base, data, noisy[:n], sigma[:n], own, caption[:n])
+        # Those that keep their own caption change nothing: they are left out, but where a recording (graph.py) wants the same shapes at every step.
+        at = (caption[:n] != own).nonzero().flatten() if base.device.type == "cpu" else torch.arange(n, device=base.device)
+        if len(at):
+            with torch.no_grad(), adapter.passed_over() if adapter else nullcontext():
+                wanted[at] += _change(base, data, noisy[at], sigma[at], own[at], caption[at])
     predicted = base.velocity(noisy, sigma, data.text.rows(caption), data.image_ids, base.settings.train_guidance)
     if data.weight is None:
         return F.mse_loss(predicted.float(), wanted) * (len(rows) / len(whole))

@@ -161,6 +161,17 @@ def test_a_reworded_picture_is_to_change_as_the_base_changes_its_own(base, worde
         torch.testing.assert_close(parts, loss_of(base, worded, draw(worded, rows, torch.Generator().manual_seed(5), config, reworded=0.75), adapter))
 
 
+def test_a_picture_that_keeps_its_words_costs_a_cpu_nothing_more(base, worded, monkeypatch):
+    asked: list[int] = []
+    velocity = base.velocity
+    monkeypatch.setattr(base, "velocity", lambda tokens, *more: (asked.append(len(tokens)), velocity(tokens, *more))[1])
+    drawn = draw(worded, torch.tensor([0, 1, 2, 1]), torch.Generator().manual_seed(5), FlowConfig(), reworded=0.75)
+    with torch.no_grad():
+        own = loss_of(base, worded, drawn._replace(reworded=drawn.reworded[:0]))
+        assert torch.equal(loss_of(base, worded, drawn._replace(reworded=torch.zeros(3, dtype=torch.int64))), own) and asked == [4, 4]
+        assert loss_of(base, worded, drawn._replace(reworded=torch.tensor([2, 0, 1]))) != own and asked[2:] == [4, 4]  # two pictures under two captions each, and the batch
+
+
 def test_pictures_keep_their_captions_when_sets_are_merged_or_chosen_from(photo, worded):
     whole = merge([photo, worded])
     assert whole.captions.shape == (6, 3)
