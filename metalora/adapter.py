@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,51 +72,63 @@ class Route:
     rows: Tensor | None = None  # (batch,) int64; None: identity 0 for all
     closed: bool = False  # nobody: the layers are as they are without the adapter
 
+    def of(self, factor: Tensor, dim: int = 0) -> Tensor:
+        """Those that the batch uses of the identities that lie along `dim`."""
+        if self.rows is not None:
+            return factor.index_select(dim, self.rows)
+        return factor.narrow(dim, 0, 1) if factor.shape[dim] > 1 else factor
+
 
 class _Sum(torch.autograd.Function):
-    """y + s · Up · Mid · Down · x, (..., d_out), where y is given or, with `weight` (d_out, d_in), is W · x + bias, frozen.
+    """y + Up · A · x, (..., d_out), where A = s · Mid · Down, and y is given or, with `weight` (d_out, d_in), is W · x + bias, frozen.
 
-    Mid (n, r, r_m) and Up (n, d_out, r) are those of n equal parts of x (..., d_in), one after the other. Written out because autograd would
+    A (n, r, d_in) and Up (n, d_out, r) are those of n equal parts of x (..., d_in), one after the other. Written out because autograd would
     go over y once more, make the gradient of x twice and add the two up, and run a third more of operations; what it would keep
-    is x, too. What is kept here for the gradient of Mid is x, where `keep_input` says so, or else Down · x, (..., r_m). The former is
-    faster, since Mid · Down costs r·r_m·d_in once and Down · x costs r_m·d_in for every token, and only so can Down learn. The
-    latter saves a third of a training step's memory.
+    is x, too. What is kept here for the gradient of A is x; or, where `mid` (n, r, r_m) and `down` (r_m, d_in) are given, for that of
+    s · Mid, which then goes there and not to A, Down · x, (..., r_m). The former is faster, since A costs r·r_m·d_in once and Down · x costs
+    r_m·d_in for every token, and only so can Down learn. The latter saves a third of a training step's memory.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, down: Tensor, mid: Tensor, up: Tensor, scale: float, keep_input: bool) -> Tensor:  # fmt: skip
-        low, down, small, up = x.reshape(len(mid), -1, x.shape[-1]), down.to(x.dtype), mid.to(x.dtype), up.to(x.dtype)
-        a = small @ down  # (n, r, d_in)
-        if not keep_input:
-            low = F.linear(low, down)  # (n, tokens, r_m)
-        inner = torch.bmm(low, (a if keep_input else small).transpose(1, 2))  # (n, tokens, r)
-        ctx.save_for_backward(low, weight, down, mid, a, up, inner)
-        ctx.scale, ctx.keep_input = scale, keep_input
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, a: Tensor, up: Tensor, mid: Tensor | None, down: Tensor | None) -> Tensor:  # fmt: skip
+        low, right = x.reshape(len(up), -1, x.shape[-1]), a
+        if down is not None:
+            low, right = F.linear(low, down), mid  # (n, tokens, r_m)
+        inner = torch.bmm(low, right.transpose(1, 2))  # (n, tokens, r)
+        ctx.save_for_backward(low, weight, a, up, inner)
+        ctx.of_mid = down is not None
         whole = F.linear(x, weight, bias) if y is None else y
-        parts = whole.reshape(len(mid), -1, whole.shape[-1])
+        parts = whole.reshape(len(up), -1, whole.shape[-1])
         add = parts.baddbmm_ if y is None else parts.baddbmm
-        return add(inner, up.transpose(1, 2), alpha=scale).view(whole.shape)
+        return add(inner, up.transpose(1, 2)).view(whole.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        low, weight, down, mid, a, up, inner = ctx.saved_tensors
-        of_x, of_y, _, _, of_down, *_ = ctx.needs_input_grad
-        parts = grad.reshape(len(mid), -1, grad.shape[-1])
+        low, weight, a, up, inner = ctx.saved_tensors
+        parts = grad.reshape(len(up), -1, grad.shape[-1])
         d_up, d_inner = torch.bmm(parts.transpose(1, 2), inner), torch.bmm(parts, up)  # (n, d_out, r), (n, tokens, r)
-        if ctx.scale != 1:
-            d_up, d_inner = ctx.scale * d_up, ctx.scale * d_inner
-        d_low = torch.bmm(d_inner.transpose(1, 2), low)  # of A = Mid · Down where the input was kept, or else of Mid
-        d_mid = d_low @ down.T if ctx.keep_input else d_low
-        d_down = (mid.transpose(1, 2) @ d_low.to(mid.dtype)).sum(0) if of_down else None
+        d_right = torch.bmm(d_inner.transpose(1, 2), low)
+        d_a, d_mid = (None, d_right) if ctx.of_mid else (d_right, None)
         d_x = None
-        if of_x:
+        if ctx.needs_input_grad[0]:
             d_x = torch.bmm(d_inner, a) if weight is None else (parts @ weight).baddbmm_(d_inner, a)
             d_x = d_x.view(*grad.shape[:-1], a.shape[-1])
-        return d_x, grad if of_y else None, None, None, d_down, d_mid.to(mid.dtype), d_up.to(mid.dtype), None, None
+        return d_x, grad if ctx.needs_input_grad[1] else None, None, None, d_a, d_up, d_mid, None
+
+
+class Ready(NamedTuple):
+    """What a layer computes with, in its input's precision; for each of n parts of the batch."""
+
+    a: Tensor  # (n, r, d_in), s · Mid · Down
+    up: Tensor  # (n, d_out, r)
+    mid: Tensor | None = None  # (n, r, r_m), s · Mid, where the gradient goes there and not to A; see _Sum
+    down: Tensor | None = None  # (r_m, d_in), then
 
 
 class ThreeFactorLinear(nn.Module):
     """A frozen linear layer plus the three factors. `base` is kept as it is and never written to."""
+
+    ready: Ready | None = None  # made for all layers at once (flat.py), or else by each when it is called
 
     def __init__(self, base: nn.Linear, down: Tensor, count: int, config: AdapterConfig, route: Route):
         super().__init__()
@@ -127,17 +139,20 @@ class ThreeFactorLinear(nn.Module):
         self.mid = nn.Parameter(torch.zeros(count, config.rank, len(down), device=device))  # (n, r, r_m)
         self.up = nn.Parameter(torch.zeros(count, base.out_features, config.rank, device=device))  # (n, d_out, r)
 
+    @property
+    def keeps_input(self) -> bool:
+        """Whether the input is kept for the way back, and not Down · x."""
+        return self.down.requires_grad or self.down.device.type == "cpu"
+
     def forward(self, x: Tensor) -> Tensor:
         if self.route.closed:
             return self.base(x)
-        rows = self.route.rows
-        mid, up = self.mid, self.up
-        if rows is not None or len(mid) > 1:
-            chosen = slice(1) if rows is None else rows
-            mid, up = mid[chosen], up[chosen]
-        keep_input = self.down.requires_grad or x.device.type == "cpu"
+        ready = self.ready
+        if ready is None:
+            mid, up, down = (factor.to(x.dtype) for factor in (self.scale * self.route.of(self.mid), self.route.of(self.up), self.down))
+            ready = Ready(mid @ down, up) if self.keeps_input else Ready(mid.detach() @ down, up, mid, down)
         y, weight, bias = (None, self.base.weight, self.base.bias) if type(self.base) is nn.Linear else (self.base(x), None, None)
-        return _Sum.apply(x, y, weight, bias, self.down, mid, up, self.scale, keep_input)
+        return _Sum.apply(x, y, weight, bias, *ready)
 
 
 class Adapter:

@@ -19,7 +19,8 @@ from .adapter import attach, find_targets
 from .base import Base
 from .cache import TrainingSet
 from .config import AdapterConfig, MetaConfig
-from .train import Clock, Gradients, Share, StepReport, draw, end_to_end, sum_over_processes
+from .flat import end_to_end
+from .train import Clock, Gradients, Share, StepReport, draw, sum_over_processes
 
 DRAWS = 32  # of a picture, noise and noise level, for each person, in batches as stage 1 has them
 KEPT = 2  # times the rank: directions that are kept on the way, so that few are lost

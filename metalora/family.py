@@ -121,7 +121,7 @@ class Family(ABC):
         """What a transformer that was just loaded needs so that it learns soundly on every device."""
 
     def hastened(self, transformer: nn.Module) -> AbstractContextManager:
-        """Inside, a frozen transformer that an adapter learns on takes fewer operations of a CPU, where the family knows how; the result is the same to rounding."""
+        """Inside, a frozen transformer takes fewer operations, where the family knows how; the result is the same to rounding."""
         return nullcontext()
 
     @abstractmethod

@@ -137,7 +137,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
 @torch.no_grad()
 def render(base: Base, text: Any, width: int, height: int, steps: int, guidance: float, seed: int, callback: Any = None) -> Image.Image:
     """One picture of the transformer as it stands, whatever is attached to it."""
-    with seeded(seed, base.device) as generator:
+    with seeded(seed, base.device) as generator, base.hastened():
         return base.pipeline(
             **base.family.arguments(text),
             width=width,

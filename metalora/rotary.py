@@ -1,8 +1,9 @@
-"""Queries and keys of FLUX.1 normed and turned in one operation, for CPUs.
+"""Queries and keys of FLUX.1 normed and turned in few operations.
 
-A small transformer's step on a CPU is for the most part the calling of operations. Of the root-mean-square norm PyTorch calls a dozen
-there on the way back, and diffusers as many for the rotary embedding after it; both together are a few here. On a GPU a compiler does
-the same, so there the modules stay as they are.
+Of the rotary embedding diffusers calls eight operations there and ten back, all but one of them over numbers in float32: at the size of FLUX.1-dev a GPU
+moves a gibibyte in every block for it. On a CPU, where a small transformer's step is for the most part the calling of operations, PyTorch calls
+a dozen more for the root-mean-square norm before it. Here the turn is a product of complex numbers, and on a CPU norm and turn are one
+operation. A compiler does as much, so what is compiled on a GPU is left as it is.
 """
 
 from __future__ import annotations
@@ -35,19 +36,36 @@ class _NormedAndTurned(torch.autograd.Function):
         return grad.addcmul_(x, along).mul_(rate), None, None, None
 
 
+class _Turned(torch.autograd.Function):
+    """x (batch, tokens, heads, d), pairs of neighbours turned by `turns` (tokens, 1, d/2), in float32 as diffusers does it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turns: Tensor) -> Tensor:
+        ctx.save_for_backward(turns)
+        return _turned(x.float(), turns).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (turns,) = ctx.saved_tensors
+        return _turned(grad.float(), turns.conj()).to(grad.dtype), None
+
+
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
 
 
 class Turns(nn.Module):
-    """In place of the transformer's position embedding: tells the transformer of none, and keeps it for the norms. Worked out anew for other positions only."""
+    """In place of the transformer's position embedding: tells the transformer of none, and keeps it for the norms.
+
+    On a CPU it is worked out anew for other positions only; a GPU, of which that cannot be asked without waiting for it, does so every time.
+    """
 
     def __init__(self, embedding: nn.Module):
         super().__init__()
         self.embedding, self._ids = embedding, torch.empty(0)
 
     def forward(self, ids: Tensor) -> None:
-        if not torch.equal(ids, self._ids):
+        if ids.device.type != "cpu" or not torch.equal(ids, self._ids):
             cos, sin = self.embedding(ids)  # (tokens, d), each number twice
             self._ids, self.now = ids, torch.complex(cos[:, None, ::2], sin[:, None, ::2])  # (tokens, 1, d/2)
 
@@ -61,12 +79,15 @@ class TurnedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         count, turns = x.shape[1], self._turns[0].now
-        return _NormedAndTurned.apply(x, self.norm.weight, turns[:count] if self.of_text else turns[-count:], self.norm.eps)
+        turns = turns[:count] if self.of_text else turns[-count:]
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            return _NormedAndTurned.apply(x, self.norm.weight, turns, self.norm.eps)
+        return _Turned.apply(self.norm(x), turns)
 
 
 @contextmanager
 def turned_norms(transformer: nn.Module) -> Iterator[None]:
-    """A FluxTransformer2DModel norms and turns in one operation inside, with the same result to rounding; its norms must be frozen."""
+    """A FluxTransformer2DModel norms and turns in few operations inside, with the same result to rounding; its norms must be frozen."""
     if isinstance(transformer.pos_embed, Turns):  # it does already
         yield
         return

@@ -25,6 +25,7 @@ import metalora  # noqa: F401  before torch: it sets how threads wait
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import drawing, growth, peer
@@ -131,7 +132,7 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[
         held = torch.cuda.memory_allocated(base.device)
     start = time.perf_counter()
     with train(base, data, case, **how) as losses:
-        with FlopCounterMode(display=False) as counter, _kept() as kept:  # not compiled: what runs under a counter once is never compiled again
+        with FlopCounterMode(display=False) as counter, Launches() as launches, _kept() as kept:  # not compiled: what runs under a counter once is never compiled again
             first = next(losses)
         if gpu:
             torch.cuda.reset_peak_memory_stats(base.device)  # the counter holds on to what goes into every module
@@ -148,11 +149,23 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[
                 times.append(1000 * (time.perf_counter() - begin))
         in_all = time.perf_counter() - start
         losses.close()
-    found = {"first loss": first, "last loss": last, "s to the first step": to_first, "s in all": in_all, "tera-operations a step": counter.get_total_flops() / 1e12, "MiB kept for the way back": sum(kept.values()) / 2**20}
+    found = {"first loss": first, "last loss": last, "s to the first step": to_first, "s in all": in_all, "tera-operations a step": counter.get_total_flops() / 1e12, "launches a step": launches.count, "MiB kept for the way back": sum(kept.values()) / 2**20}
     if gpu:
         peak = torch.cuda.max_memory_allocated(base.device)
         found |= {"peak GiB": peak / GIB, "peak GiB beyond the weights": (peak - held) / GIB}
     return times, found
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that do something: neither views nor what only takes memory. On a GPU each is a kernel or more, which it costs some microseconds to launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        aliases = [argument.alias_info for argument in func._schema.arguments if argument.alias_info]
+        view = func.__name__.startswith("_unsafe_view") or aliases and not any(alias.is_write for alias in aliases)
+        self.count += not view and "empty" not in func.__name__
+        return func(*args, **kwargs or {})
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from .base import Base
 from .cache import TrainingSet
 from .config import FlowConfig
 from .errors import MetaLoraError
+from .flat import AtOnce, Whole, end_to_end
 from .graph import Recorded
 
 if TYPE_CHECKING:
@@ -91,26 +92,12 @@ class Averages:
             self.swap()
 
 
-def end_to_end(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-    """One parameter (n,) that holds these, of which they and their gradients become views.
-
-    What is done with all of them, clipping, a step, an average, is then done with one tensor, however many layers there are. The gradient
-    stays where it is: clear it in place, and do not move the parameters to another device.
-    """
-    whole = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    whole.grad = torch.zeros_like(whole)
-    sizes = [p.numel() for p in parameters]
-    for p, value, grad in zip(parameters, whole.detach().split(sizes), whole.grad.split(sizes)):
-        p.data, p.grad = value.view_as(p), grad.view_as(p)
-    return whole
-
-
 def optimizer(groups: Sequence[tuple[Sequence[nn.Parameter], float]], weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW over groups of parameters with their learning rates, the parameters of each group end to end."""
     return torch.optim.AdamW([{"params": [end_to_end(group)], "lr": rate} for group, rate in groups if group], weight_decay=weight_decay, fused=True)
 
 
-def wholes(optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
+def wholes(optimizers: Sequence[torch.optim.Optimizer]) -> list[Whole]:
     """What these optimisers step, a tensor a group."""
     return [p for o in optimizers for group in o.param_groups for p in group["params"]]
 
@@ -300,8 +287,9 @@ def sum_over_processes(parameters: Sequence[nn.Parameter], loss: Tensor | None =
 class Gradients:
     """The loss () of a step, its gradients left with the parameters; a step that the memory does not do for is done again."""
 
-    def __init__(self, base: Base, adapter: Adapter, data: TrainingSet, parameters: Sequence[nn.Parameter], recorded: bool = False):
+    def __init__(self, base: Base, adapter: Adapter, data: TrainingSet, parameters: Sequence[Whole], recorded: bool = False):
         self.base, self.adapter, self.data, self.parameters = base, adapter, data, parameters
+        self.at_once = AtOnce(adapter, parameters, base.dtype)
         self.recorded = Recorded(self._work) if recorded else None
 
     def __call__(self, drawn: Drawn) -> Tensor:
@@ -315,7 +303,7 @@ class Gradients:
         for p in self.parameters:
             p.grad.zero_()
         self.adapter.use_rows(self.data.subject[drawn.rows] if self.adapter.count > 1 else None)
-        with _repeatable(self.base.device):
+        with _repeatable(self.base.device), self.at_once():
             loss = loss_of(self.base, self.data, drawn, self.adapter)
             loss.backward()
         return loss.detach()

@@ -10,7 +10,7 @@ FLOORS = [
     {"errors"},
     {"config", "licence"},
     {"flow", "graph", "frozen", "rotary", "family", "adapter", "fold", "files", "photo", "face", "clip"},
-    {"predict"},
+    {"predict", "flat"},
     {"flux", "flux2", "data", "metadown", "prompts", "degrade", "processes", "dino"},
     {"families"},
     {"identity", "hub", "plan"},

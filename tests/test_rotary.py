@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 
 from metalora.adapter import attach
-from metalora.rotary import TurnedNorm, turned_norms
+from metalora.rotary import TurnedNorm, _Turned, turned_norms
 
 
 pytestmark = pytest.mark.one_family  # it is of FLUX.1
@@ -35,6 +39,35 @@ def learnt(base, photo, meta_down):
         y = base.velocity(photo.mean[:3], torch.tensor([0.2, 0.5, 0.9]), text, photo.image_ids, 1.0)
         y.square().mean().backward()
         return [y.detach(), *(p.grad for p in adapter.heads())]
+
+
+def test_in_16_bits_the_result_alone_is_rounded():
+    g = torch.Generator().manual_seed(0)
+    x, along = (torch.randn(2, 7, 3, 16, generator=g).bfloat16() for _ in range(2))
+    angles = 6 * torch.rand(7, 8, generator=g)
+    turns, (cos, sin) = torch.polar(torch.ones_like(angles), angles)[:, None], (f(angles).repeat_interleave(2, 1) for f in (torch.cos, torch.sin))
+
+    def there_and_back(x, turned):
+        leaf = x.clone().requires_grad_()
+        y = turned(leaf)
+        y.backward(along.to(x.dtype))
+        return y.detach(), leaf.grad
+
+    ours = there_and_back(x, lambda x: _Turned.apply(x, turns))
+    for one, other in zip(ours, there_and_back(x.float(), lambda x: apply_rotary_emb(x, (cos, sin), sequence_dim=1))):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one.float(), other, rtol=2**-8, atol=1e-5)
+
+
+def test_in_16_bits_the_output_is_that_of_diffusers_and_no_gradient_further_from_the_truth(uneven, photo, meta_down, monkeypatch):
+    truth = learnt(uneven, photo, meta_down)
+    data = replace(photo, mean=photo.mean.bfloat16(), text=photo.text.to(uneven.device, torch.bfloat16))
+    monkeypatch.setattr(uneven.pipeline, "transformer", copy.deepcopy(uneven.transformer).to(torch.bfloat16))
+    theirs = learnt(uneven, data, meta_down)
+    with turned_norms(uneven.transformer):
+        ours = learnt(uneven, data, meta_down)
+    far = [torch.cat([(g - t).flatten() for g, t in zip(found, truth, strict=True)]).norm() for found in (ours, theirs)]
+    assert torch.equal(ours[0], theirs[0]) and 0 < far[0] < 1.2 * far[1]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
