@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -49,12 +51,17 @@ def start(chosen: argparse.Namespace) -> Blocks:
 def main() -> None:
     """Serve until stopped."""
     chosen = settings()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the first process of a container, as in Docker, would not heed it
     try:
         page = start(chosen)
     except OSError:
         where = f"{chosen.host or 'this machine'}:{chosen.port or '7860 and the ports after it'}"
         sys.exit(f"The page cannot be served on {where}: the port is taken, or the address is not this machine's; give another with --port or --host.")
-    page.block_thread()
+    try:
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        page.close(verbose=False)  # which deletes what was uploaded; gradio's own way of waiting leaves it there while a browser has the page open
 
 
 if __name__ == "__main__":

@@ -285,18 +285,25 @@ def gated(tiny_base):
 @pytest.fixture
 def gated_app(gated, tmp_path):
     """The address of `python app.py` on that base, and a folder with all that it writes: its cache, its temporary files, its logs."""
+    with running("org/base", tmp_path, HF_ENDPOINT=gated.url, METALORA_DEBUG="1", HF_DEBUG="1") as (address, _):
+        yield address, tmp_path
+
+
+@contextmanager
+def running(base: str, folder: Path, **env: str):
+    """The address of `python app.py`, which writes nothing outside the folder, and its process, which is stopped afterwards as a container's would be."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     for name in ("home", "temp"):
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir()
     own = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE") and not k.startswith("METALORA_")}
-    env = {**own, "HF_ENDPOINT": gated.url, "HF_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temp"), "HF_HUB_DISABLE_TELEMETRY": "1", "METALORA_DEBUG": "1", "HF_DEBUG": "1"}
-    with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen([sys.executable, str(ROOT / "app.py"), "--base", "org/base", "--host", "127.0.0.1", "--port", str(port)], env=env, stdout=log, stderr=log)
+    env = {**own, "HF_HOME": str(folder / "home"), "TMPDIR": str(folder / "temp"), "HF_HUB_DISABLE_TELEMETRY": "1", **env}
+    with (folder / "log").open("w") as log:
+        run = subprocess.Popen([sys.executable, str(ROOT / "app.py"), "--base", base, "--host", "127.0.0.1", "--port", str(port)], env=env, stdout=log, stderr=log)
         try:
             wait_until(lambda: answers(port), 120)
-            yield f"http://127.0.0.1:{port}", tmp_path
+            yield f"http://127.0.0.1:{port}", run
         finally:
             run.terminate()
             run.wait(30)
@@ -327,6 +334,18 @@ def test_a_token_of_the_page_opens_a_gated_base_and_stays_nowhere(gated, gated_a
 
     kept = [path for path in folder.rglob("*") if path.is_file() and any(word in path.read_bytes() for word in (b"hf_mine", b"hf_other"))]
     assert (folder / "log").stat().st_size and list(folder.rglob("*.safetensors")) and not kept
+
+
+def test_a_stop_from_outside_takes_along_what_was_uploaded(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "mine.png")
+    with running(str(tmp_path), tmp_path) as (address, run):
+        visitor = Client(address, verbose=False)  # stays, as a browser does
+        with pytest.raises(AppError, match="no diffusers pipeline"):
+            visitor.predict(handle_file(tmp_path / "mine.png"), api_name="/look")
+        assert list((tmp_path / "temp").rglob("mine.png"))
+        run.terminate()
+        assert run.wait(30) == 0 and not list((tmp_path / "temp").rglob("mine.png"))
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_the_download_of_a_base_is_shown(gated, gated_app):
