@@ -149,7 +149,8 @@ def export(
 
     person = Identity.load(identity)
     _open(base, meta_down, plan).export(person, output, format)
-    return {"output": str(output), "format": format, "identity": person.sha256}, f"{output}: a LoRA of rank {person.rank} under {format} names"
+    told = f"{output}: a LoRA of rank {person.rank} under {format} names; in prompts the person is called {person.prompt_words}"
+    return {"output": str(output), "format": format, "identity": person.sha256, "prompt_words": person.prompt_words}, told
 
 
 @command

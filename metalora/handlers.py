@@ -193,6 +193,7 @@ class Handlers:
         with one_sentence():
             if not photo:
                 raise MetaLoraError("Pick one of the samples or upload a photo first.")
+            self.studio.take_notice()  # of somebody else's work
             card, started = cards.Learning(cards.data_uri(self.studio.portrait(photo, domain, int(face) or None))), time.monotonic()
         yield [*nothing, gr.skip(), card.preparing(), *busy]
         try:
@@ -237,6 +238,7 @@ class Handlers:
         with one_sentence():
             if learnt is None:
                 raise MetaLoraError("Learn a person first, or load an identity file.")
+            self.studio.take_notice()  # of somebody else's work
             order = Order(prompt, int(count), int(seed or 0), int(steps), float(guidance), parse_size(size), float(strength))
             most = LARGEST * self.studio.settings.resolution
             if math.prod(order.size) > most**2:
@@ -282,9 +284,9 @@ def new_folder() -> Path:
     return Path(tempfile.mkdtemp(dir=cache))
 
 
-def download(path: Path) -> gr.DownloadButton:
-    """The button that gives a file, open."""
-    return gr.DownloadButton(value=str(path), interactive=True)
+def download(path: Path | None) -> gr.DownloadButton:
+    """The button that gives a file, open where there is one."""
+    return gr.DownloadButton(value=path and str(path), interactive=path is not None)
 
 
 def sizes(resolution: int, grid: int) -> list[str]:

@@ -70,7 +70,7 @@ def meta_train(
 ) -> Generator[StepReport, None, MetaDown]:  # fmt: skip
     """Learn Meta-Down from `subjects` subjects that `bucket` encodes on demand; yields a report a step.
 
-    The generator's return value is the MetaDown. With a `folder`, its checkpoint is written every few rounds, and a run that
+    The generator's return value is the MetaDown. With a `folder`, its checkpoint is written where directions are found and every few rounds, and a run that
     finds one goes on from it exactly as if it had never stopped. In memory: `bucket=training_set.select`.
     With `unseen`, pictures of people who were kept out, to learn from and others to judge by, a report every few rounds
     has the loss on the latter, and where there are no rounds the last report has it. For a predictor, `faces` gives the
@@ -107,6 +107,8 @@ def meta_train(
         clock.skip(len(first) + state.round * config.bucket_steps)
     else:
         state = yield from _begin(base, shape, config, first, bucket, share, clock, begin)
+        if checkpoint and first and share.rank == 0:
+            _save(checkpoint, state, stamp)
     with attach(base.transformer, state.downs, shape, size) as heads, base.resident("transformer"):
         for number in range(state.round, config.rounds):
             data = bucket(_members(subjects, size, number, config.seed)).to(base.device, base.dtype)

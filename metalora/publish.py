@@ -18,7 +18,7 @@ IDENTITY_FILE = "identity.safetensors"
 def publish(source: str | Path, repo: str, private: bool = False) -> str:
     """Put a Meta-Down's folder or an identity file on the Hub, and return its address there.
 
-    Raises MetaLoraError where it is neither, the name is none, or the Hub refuses.
+    Raises MetaLoraError where it is neither, the name is none, the Hub refuses, or what is to be private would be public.
     """
     if not is_hub_id(repo):
         raise MetaLoraError(f"{repo} is no name on the Hub; those read owner/model.")
@@ -38,6 +38,8 @@ def _upload(folder: Path, repo: str, private: bool, files: list[str], message: s
     with plain_faults(repo, None):
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
+        if private and not api.repo_info(repo).private:  # one that was there stays as it was
+            raise MetaLoraError(f"{repo} is there already and public; make it private on the Hub first, or choose another name.")
         try:
             return str(api.upload_folder(folder_path=folder, repo_id=repo, allow_patterns=files, commit_message=message).repo_url)
         except ValueError as error:  # the client's word for a card that the Hub does not take

@@ -12,13 +12,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import hub
 from .config import ZERO_GPU
-from .errors import Cancelled, MetaLoraError
+from .errors import Cancelled, MetaLoraError, naming
 
 LONGEST = 120  # seconds of a GPU that ZeroGPU gives to whoever has no account, a day
 
@@ -193,7 +194,10 @@ class Studio:
             face = None  # chosen before the domain was
         with self._desk:
             photos = np.stack([self._embed(photo, domain, face, "click the one to learn")])
-            others = [self._embed(each, domain, None, f"leave {Path(each).name} out, or cut it to the one") for each in held_out]
+            others = []
+            for each in held_out:
+                with naming(Path(each).name):
+                    others.append(self._embed(each, domain, None, "leave it out, or cut it to the one"))
             run = personalizer.adapt_steps([photo], domain, steps, seed, face=face, preview_every=preview_every, pause=stop.check)
             try:
                 while True:
@@ -242,13 +246,12 @@ class Studio:
         self.personalizer.person(identity)
         return Learnt(identity)
 
-    def write_files(self, identity: Identity, folder: Path) -> tuple[Path, Path, Path]:
-        """The identity file, the diffusers LoRA and the kohya LoRA, in `folder`."""
-        return (
-            identity.save(folder / "identity.safetensors"),
-            self.personalizer.export(identity, folder / "lora-diffusers.safetensors", "diffusers"),
-            self.personalizer.export(identity, folder / "lora-kohya.safetensors", "kohya"),
-        )
+    def write_files(self, identity: Identity, folder: Path) -> tuple[Path, Path, Path | None]:
+        """The identity file, the diffusers LoRA and the kohya LoRA, in `folder`; None where kohya's format has no names for the layers."""
+        kohya = None
+        with suppress(MetaLoraError):
+            kohya = self.personalizer.export(identity, folder / "lora-kohya.safetensors", "kohya")
+        return identity.save(folder / "identity.safetensors"), self.personalizer.export(identity, folder / "lora-diffusers.safetensors", "diffusers"), kohya
 
 
 def _in_background(work: Callable[..., Any], *given: Any) -> Future:

@@ -70,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             if (files := self.find(match[1], match[2])) is not None:
                 siblings = [{"rfilename": n, "size": len(b), **large(n, b)} for n, b in files.items()]
-                self.answer(json.dumps({"id": match[1], "sha": SHA, "siblings": siblings}).encode(), {"Content-Type": "application/json"})
+                self.answer(json.dumps({"id": match[1], "sha": SHA, "private": match[1] in self.server.private, "siblings": siblings}).encode(), {"Content-Type": "application/json"})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
             if (files := self.find(match[1], match[2])) is not None:
                 tree = [{"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest(), **large(n, b, "oid")} for n, b in files.items()]
@@ -118,7 +118,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             given = json.loads(body)
             repo = f"{given['organization']}/{given['name']}"
-            self.server.repos.setdefault(repo, {})
+            if repo not in self.server.repos:
+                self.server.repos[repo] = {}
+                self.server.private |= {repo} if given.get("visibility") == "private" or given.get("private") else set()
             self.answer(json.dumps({"url": f"{self.server.url}/{repo}"}).encode(), {"Content-Type": "application/json"})
         elif path == "/api/validate-yaml":
             self.answer(b'{"errors": [], "warnings": []}', {"Content-Type": "application/json"})

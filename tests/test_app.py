@@ -161,7 +161,7 @@ def test_of_several_faces_one_is_chosen(connect, photos, tmp_path):
     assert [shown["caption"] for shown in faces] == ["face 1", "face 2"]
     with pytest.raises(AppError, match="The photo shows several faces; click the one to learn."):
         learn(client, path).result(timeout=60)
-    with pytest.raises(AppError, match="several faces; leave two.png out, or cut it to the one"):
+    with pytest.raises(AppError, match="two.png: The photo shows several faces; leave it out, or cut it to the one"):
         learn(client, photos["ann"], held_out=[photos["ann"], path]).result(timeout=60)
     left, right = (files_of(learn(connect(), path, face=number))[0].read_bytes() for number in (1, 2))
     assert left != right
@@ -425,6 +425,18 @@ def test_what_the_user_should_know_of_the_base_is_shown_once(base, monkeypatch):
     do._tell()
     do._tell()
     assert said == ["going on with lean."]
+
+
+def test_who_has_no_name_in_kohya_s_format_is_learnt_all_the_same(base, photos, monkeypatch):
+    shape, opened, said = replace(base.settings.adapter, targets=r"attn\.to_(q|v)$"), Future(), []
+    opened.set_result(Personalizer(base, make_meta_down(base, shape)))
+    monkeypatch.setattr(gr, "Warning", lambda text, **more: said.append(text))
+    monkeypatch.setattr(base, "notice", "The prompt of somebody else was too long.")
+    request = type("Request", (), {"session_hash": "kohya"})()
+    *_, (identity, diffusers, kohya, learnt, *_) = Handlers(Studio("tiny", _opened=opened), []).learn(photos["ann"], 0, "woman", 2, 0, [], request)
+    assert Identity.load(identity.value["path"] if isinstance(identity.value, dict) else identity.value).sha256 == learnt.identity.sha256
+    assert identity.interactive and diffusers.interactive and diffusers.value and not kohya.interactive and kohya.value is None
+    assert not said  # what another was to know
 
 
 def test_handlers_of_a_sample(photos):

@@ -75,6 +75,16 @@ def test_a_stage_1_that_begins_there_resumes_as_any(base, people, tmp_path):
     assert all(torch.equal(whole.tensors[name], resumed.tensors[name]) for name in whole.tensors)
 
 
+@pytest.mark.one_family
+def test_directions_that_are_found_are_not_looked_for_again(base, people, tmp_path):
+    def begun():
+        return meta_train(base, people.subjects, people.select, "woman", MetaConfig(rounds=0, direction_people=3), name="x", folder=tmp_path)
+
+    reports, whole = run(begun())
+    again, resumed = run(begun())
+    assert len(reports) == 3 and not again and resumed.sha256 == whole.sha256
+
+
 PROCESS = """
 import sys, torch
 from metalora.base import Base

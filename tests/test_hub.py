@@ -343,9 +343,13 @@ def test_a_published_person_carries_the_licence_of_the_base(tmp_path, monkeypatc
     server = HubServer({})
     env = {**environment(server.url, tmp_path / "home"), "HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run([sys.executable, "-m", "metalora", "publish", str(tmp_path / "me.safetensors"), "org/me", "--private"], env=env, capture_output=True, text=True)
+    server.repos["org/open"] = {"README.md": b"before"}
+    refused = subprocess.run([sys.executable, "-m", "metalora", "publish", str(tmp_path / "me.safetensors"), "org/open", "--private"], env=env, capture_output=True, text=True)
     closed(server)
+    assert refused.returncode == 2 and "org/open is there already and public" in refused.stderr and server.repos["org/open"] == {"README.md": b"before"}
     assert done.returncode == 0 and done.stdout.strip() == f"{server.url}/org/me", done.stderr
     assert set(server.repos["org/me"]) == {"identity.safetensors", "README.md"}
+    assert server.private == {"org/me"}
     card = server.repos["org/me"]["README.md"].decode()
     assert "license_name: flux-1-dev-non-commercial-license" in card and licence.FLUX_NOTICE in card and "sks woman" in card
     (tmp_path / "back.safetensors").write_bytes(server.repos["org/me"]["identity.safetensors"])

@@ -14,6 +14,7 @@ from metalora.miniature import base, detector, make
 from metalora.miniature.__main__ import TRAININGS, main
 from metalora.miniature.assemble import read_parts
 from metalora.miniature.launch import wait
+from metalora.miniature.training import _command_line
 from metalora.personalizer import Personalizer
 from tests.conftest import TINY
 
@@ -50,12 +51,18 @@ def test_shares_are_of_known_trainings_and_add_up():
     assert set(make.GPU_BATCHES) == set(make.SHARES)
 
 
-def test_a_step_that_fails_ends_the_command(tmp_path: Path):
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_step_that_fails_ends_the_command(order: int):
     """Of the processes side by side the others are ended too, and nothing waits for them."""
     failing, endless = (subprocess.Popen([sys.executable, "-c", code]) for code in ("raise SystemExit(3)", "import time; time.sleep(600)"))
     with pytest.raises(MetaLoraError, match="give the same command again"):
-        wait([failing, endless])
+        wait([failing, endless][::order])
     assert endless.wait(10) != 0
+
+
+def test_a_card_shows_the_command_without_the_machine_s_folders():
+    told = ["vae", "--data", "/home/me/data", "--work=/home/me/work", "--config", '{"a": 1}']
+    assert _command_line(told) == "python -m metalora.miniature vae --data DATA --work WORK --config '{\"a\": 1}'"
 
 
 def test_people_are_shared_out_without_gaps(tmp_path: Path):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from metalora.errors import MetaLoraError
 from metalora.methods import Method
 from metalora.miniature import measure
 from metalora.miniature.__main__ import main
@@ -39,12 +38,9 @@ def test_a_table_that_there_is_not_is_refused_before_anything_is_measured(tmp_pa
     assert "There is no table none; known are people, " in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_a_table_beside_another_wants_that_one_first(tmp_path: Path):
-    folder = tmp_path / "chance" / "meta-lora"
-    folder.mkdir(parents=True)
-    (folder / "settings.json").write_text("{}")
-    with pytest.raises(MetaLoraError, match="measure that first"):
-        measure._compared("chance", tmp_path / "chance", "some", tmp_path / "some")
+def test_a_table_beside_another_wants_that_one_first(tmp_path: Path, small, capsys):
+    assert main(["measure", "chance", "some", "--work", str(tmp_path / "work"), "--output", str(tmp_path / "figures")]) == 2
+    assert "chance is compared with some; measure that first" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", measure.TABLES)

@@ -374,7 +374,7 @@ def test_the_alignment_sees_the_clean_picture_of_its_row_and_only_where_there_ar
     denoiser = base_training.Denoiser(pipeline, TOY.max_sequence_length)
     shards = load_shards(data)
     latents = Latents(**cached("latents", job, pipeline.vae.encoder.conv_in.weight, partial(encode_latents, pipeline.vae)))
-    views = torch.randn(2, len(shards), TOY.image_tokens, 8)
+    views = torch.randn(2, len(shards), (TOY.latent_size // 2) ** 2, 8)
     alignment = base_training.Alignment(pipeline.transformer, views)
     base_training.validation_loss(denoiser, shards, latents)
     batch = draw_captioned(shards.records, 4, torch.Generator().manual_seed(0))

@@ -287,17 +287,26 @@ def test_a_reference_photo_can_be_worse_in_one_respect_and_is_else_the_same(phot
     assert worse["attributes"]["turn" if photo == "side" else photo] and not plain["attributes"]["turn" if photo == "side" else photo]
 
 
-def test_the_render_command_writes_shards_and_goes_on_where_it_stopped(tmp_path: Path):
+def test_the_render_command_writes_shards_and_goes_on_where_it_stopped(tmp_path: Path, capsys):
     command = ["render", "--output", str(tmp_path), "--people", "24:26", "--scenes", "1", "--size", "32", "--device", "cpu"]
     assert main(command) == 0
     part, = tmp_path.glob("part-*.safetensors")
     before = part.stat().st_mtime_ns
     assert main(command) == 0 and part.stat().st_mtime_ns == before
+    for option, value in (("--people", "24:27"), ("--scenes", "2"), ("--size", "16")):
+        assert main([value if name == option else argument for name, argument in zip(["", *command], command)]) == 2
+    assert "choose another folder" in capsys.readouterr().err and part.stat().st_mtime_ns == before
     shards = load_shards(tmp_path)
     assert shards.persons.tolist() == [24, 25] and torch.equal(shards.images, load_file(part)["images"])
     assert shards.records[0]["attributes"] == people.scene(people.person(24), 0).attributes
     training, validation = shards.split()
     assert training.persons.tolist() == [25] and validation.persons.tolist() == [24]
+
+
+@pytest.mark.parametrize("command", [["render", "--people", "0-3"], ["sheet", "--people", "a:b"], ["dataset", "--mugs", "1;2"]])
+def test_a_mistyped_range_of_seeds_is_one_sentence(command, tmp_path: Path, capsys):
+    assert main([*command, "--output", str(tmp_path / "there.png")]) == 2
+    assert "is no range of seeds; write it like 0:6" in capsys.readouterr().err
 
 
 def test_a_machine_without_a_compiler_is_told_to_leave_it(tmp_path: Path):

@@ -25,7 +25,7 @@ TRAININGS = {"vae": ("vae", "train_vae"), "vae-refined": ("vae", "train_refined"
              "attributes": ("attributes", "train_attributes"),
              "face-detector": ("detector", "train_detector"), "face-recogniser": ("recogniser", "train_recogniser"),
              "likeness": ("likeness", "train_likeness")}
-ELSEWHERE = {"make": "all that follows, one after another",
+ELSEWHERE = {"make": "the whole miniature, from the first portrait to the Meta-Downs, but for vae-refined and likeness",
              "render": "draw the portrait world into shards",  # commands whose arguments their own modules read
              "dataset": "people, or mugs, as an image folder for evaluate and meta-train",
              "sheet": "a contact sheet of the portrait world",
@@ -68,11 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(arguments: argparse.Namespace) -> dict:
+def _train(arguments: argparse.Namespace, argv: list[str]) -> dict:
     torch.set_num_threads(arguments.threads)
     job = Job(data=tuple(arguments.data), work=arguments.work, minutes=arguments.minutes, seed=arguments.seed,
               threads=arguments.threads, steps=arguments.steps, learning_rate=arguments.learning_rate,
-              batch_size=arguments.batch_size, device=arguments.device, model=MiniatureConfig.of(arguments.config))
+              batch_size=arguments.batch_size, device=arguments.device, model=MiniatureConfig.of(arguments.config), arguments=tuple(argv))
     module, function = TRAININGS[arguments.command]
     train = getattr(importlib.import_module(f"metalora.miniature.{module}"), function)
     more = {"distill": True} if getattr(arguments, "distill_guidance", False) else {}
@@ -108,7 +108,7 @@ def run_command(argv: list[str]) -> None:
 
         print(json.dumps(disassemble(arguments.assets, arguments.work)))
     else:
-        figures = _train(arguments)
+        figures = _train(arguments, argv)
         if PartialState(cpu=True).is_main_process:
             print(json.dumps(figures))
 

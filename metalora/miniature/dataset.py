@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import random
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -92,7 +93,7 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(2)
     which = given.people or given.mugs
-    chosen = list(seeds(which)) if ":" in which else [int(v) for v in which.split(",")]
+    chosen = [int(seed) for seed in which.split(",")] if re.fullmatch(r"\d+(,\d+)*", which) else list(seeds(which))
     of_people = PROMPTS + (MORE_PROMPTS if given.all_prompts else ())
     drawn, prompts = (partial(of_person, photo=given.photo), of_people) if given.people else (of_mug, mugs.PROMPTS)
     write_dataset(given.output, chosen, given.references, given.others, given.size, prompts, drawn)

@@ -53,10 +53,9 @@ def export_onnx(model: nn.Module, path: Path, size: int, outputs: list[str], dyn
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Faces of one picture: boxes (k, 4) px, scores (k,), unit embeddings (k, 512) or none without a recogniser."""
+    """Faces of one picture: boxes (k, 4) px, unit embeddings (k, 512) or none without a recogniser."""
 
     boxes: np.ndarray
-    scores: np.ndarray
     embeddings: np.ndarray | None
 
 
@@ -75,8 +74,7 @@ class Analyser:
         faces = sorted(faces, key=lambda face: -face.det_score)
         boxes = np.array([face.bbox for face in faces], np.float32).reshape(-1, 4)
         known = faces and getattr(faces[0], "embedding", None) is not None
-        return Found(boxes, np.array([face.det_score for face in faces], np.float32),
-                     np.stack([face.normed_embedding for face in faces]) if known else None)
+        return Found(boxes, np.stack([face.normed_embedding for face in faces]) if known else None)
 
 
 def overlaps(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 from metalora.errors import MetaLoraError
@@ -20,9 +21,10 @@ def side_by_side(commands: Sequence[Sequence[str]]) -> None:
 def wait(processes: Sequence[subprocess.Popen]) -> None:
     """For all of them, as `side_by_side` does."""
     try:
-        for process in processes:
-            if process.wait():
-                raise MetaLoraError("A step failed, as it says above; give the same command again when that is mended.")
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(0.1)
+        if any(codes):
+            raise MetaLoraError("A step failed, as it says above; give the same command again when that is mended.")
     finally:
         for process in processes:
             process.terminate()

@@ -117,8 +117,6 @@ def _compared(name: str, evaluation: Path, other: str, beside: Path) -> list[dic
         rows, others = (read_rows(folder / path.parent.name) for folder in (evaluation, beside))
         if path.parent.name != TRUE_PHOTOS and others:
             pairs += differences({f"{path.parent.name}, {name}": rows, f"{path.parent.name}, {other}": others})
-    if not pairs:
-        raise MetaLoraError(f"{name} is compared with {other}; measure that first, in the same work folder.")
     return pairs
 
 
@@ -167,6 +165,9 @@ def main(arguments: list[str]) -> None:
     for name in given.tables:
         if name not in TABLES:
             raise MetaLoraError(f"There is no table {name}; known are {', '.join(TABLES)}.")
+        beside = TABLES[name].beside
+        if beside and beside not in given.tables[:given.tables.index(name)] and not any((given.work / beside).glob(f"*/{SETTINGS}")):
+            raise MetaLoraError(f"{name} is compared with {beside}; measure that first, in the same work folder.")
     judge = trained_judge(given.judge)  # before hours of work that it is to read
     for name in given.tables:
         print(f"measure: {name}", file=sys.stderr, flush=True)

@@ -2,8 +2,10 @@
 
 import math
 import random
+import re
 from dataclasses import dataclass, field
 
+from metalora.errors import MetaLoraError
 from metalora.miniature import captions
 from metalora.miniature.backdrop import PLACES
 
@@ -87,9 +89,10 @@ class Scene:
 
 
 def seeds(text: str) -> range:
-    """The seeds that FIRST:END stands for on the command line."""
-    first, end = (int(part) for part in text.split(":"))
-    return range(first, end)
+    """The seeds that FIRST:END stands for on the command line. MetaLoraError where it does not read so."""
+    if not (match := re.fullmatch(r"(\d+):(\d+)", text)):
+        raise MetaLoraError(f"{text} is no range of seeds; write it like 0:6, the first and the one after the last.")
+    return range(int(match[1]), int(match[2]))
 
 
 def _hair_colour(rng: random.Random, age: float, dark: bool) -> str:

@@ -71,10 +71,6 @@ class MiniatureConfig:
     def latent_size(self) -> int:
         return self.size // self.vae_factor
 
-    @property
-    def image_tokens(self) -> int:
-        return (self.latent_size // 2) ** 2
-
 
 def _merge_pair(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     merged: list[str] = []

@@ -1,4 +1,4 @@
-"""What is worn on the head: geometry that is made once on the template and moves with it."""
+"""Geometry that is made once on the template of the head and moves with it, and what it is made of."""
 
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
@@ -67,9 +67,9 @@ class Skull:
 
     def __init__(self, head: HeadModel):
         skin = head.vertices_of("skin")
-        skin = skin[(head.masks[skin, MASKS.index("ears")] < 0.25).cpu()] if head.template.device.type == "cpu" else skin
-        self.index = skin.cpu().numpy()
-        self.points = head.template[skin].cpu().numpy()
+        skin = skin[head.masks[skin, MASKS.index("ears")] < 0.25]
+        self.index = skin.numpy()
+        self.points = head.template[skin].numpy()
         offset = self.points - CENTRE
         self.nearest = cKDTree(self.points)
         self.reach = np.linalg.norm(offset, axis=1)

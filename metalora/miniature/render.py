@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from metalora.errors import compiling
+from metalora.errors import MetaLoraError, compiling
 from metalora.miniature import clothes, hair, headwear, shade, style
 from metalora.miniature.backdrop import backdrop
 from metalora.miniature.fused import Fused
@@ -249,11 +250,13 @@ def write_shards(output: Path, people: range, scenes: int, size: int, device: st
     begin = time.time()
     for number, start in enumerate(range(0, len(jobs), per_shard)):
         target = output / f"part-{people.start:07d}-{first_scene:03d}-{number:05d}.safetensors"
+        wanted = jobs[start:start + per_shard]
         if target.exists():
+            _check_same(target, wanted, size)
             continue
         images, lines = [], []
-        for low in range(start, min(start + per_shard, len(jobs)), at_once):
-            pairs = [(who := person(p), scene(who, s)) for p, s in jobs[low:min(low + at_once, start + per_shard)]]
+        for low in range(0, len(wanted), at_once):
+            pairs = [(who := person(p), scene(who, s)) for p, s in wanted[low:low + at_once]]
             pictures, boxes, marks = render(pairs, size, device)
             images.append(pictures.cpu())
             lines += [json.dumps({"person": w.seed, "domain": w.sex, "scene": v.seed, "box": [round(x, 2) for x in b],
@@ -262,8 +265,17 @@ def write_shards(output: Path, people: range, scenes: int, size: int, device: st
         target.with_suffix(".jsonl").write_text("\n".join(lines) + "\n")
         save_file({"images": torch.cat(images)}, target.with_suffix(".part"))
         os.replace(target.with_suffix(".part"), target)
-        done = min(start + per_shard, len(jobs))
+        done = start + len(wanted)
         print(f"{done}/{len(jobs)} pictures, {done / (time.time() - begin):.1f}/s", flush=True)
+
+
+def _check_same(shard: Path, wanted: list[tuple[int, int]], size: int) -> None:
+    """MetaLoraError where the shard of an earlier run is of other people, scenes or sizes than are wanted now."""
+    records = [json.loads(line) for line in shard.with_suffix(".jsonl").read_text().splitlines()]
+    with safe_open(shard, "pt") as file:
+        same = file.get_slice("images").get_shape()[-1] == size
+    if not same or [record["person"] for record in records] != [p for p, _ in wanted] or [record["scene"] for record in records] != [scene(person(p), s).seed for p, s in wanted]:
+        raise MetaLoraError(f"{shard} holds other people, scenes or sizes than are to be rendered; choose another folder, or remove it.")
 
 
 def main(arguments: list[str]) -> None:

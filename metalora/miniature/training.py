@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Job:
         model: sizes of the miniature, the same for all trainings of one work folder.
         device: where the weights lie. Which pictures and captions a step has is the same for every device; noise is drawn where it is used.
         learning_rate, batch_size: replace a training's own choice where they are not None.
+        arguments: the command as it was given, for the model card.
     """
 
     data: tuple[Path, ...]
@@ -77,6 +78,7 @@ class Job:
     batch_size: int | None = None
     device: str = "cpu"
     model: MiniatureConfig = MiniatureConfig()
+    arguments: tuple[str, ...] = ()
 
     def training(self, **defaults: Any) -> TrainingConfig:
         """The run's settings: the training's defaults under what the command line says."""
@@ -86,7 +88,7 @@ class Job:
 
     def figures(self, result: "TrainingResult", config: TrainingConfig) -> dict[str, Any]:
         """The part of a result.json that is the same for all trainings."""
-        return {"command": _command_line(sys.argv[1:]), "seed": self.seed,
+        return {"command": _command_line(self.arguments), "seed": self.seed,
                 "training": dataclasses.asdict(config), "model": dataclasses.asdict(self.model),
                 "steps": result.steps, "samples": result.samples, "minutes": round(result.seconds / 60, 1),
                 "loss": round(result.loss, 5), "torch": torch.__version__,
@@ -108,10 +110,11 @@ class TrainingResult:
     earlier: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def _command_line(arguments: list[str]) -> str:
+def _command_line(arguments: Sequence[str]) -> str:
     """The command as a model card shows it: with names for the folders of the machine that ran it."""
     names = {"--data": "DATA", "--work": "WORK"}
-    shown = [names.get(before, argument) for before, argument in zip(["", *arguments], arguments, strict=False)]
+    parts = [part for argument in arguments for part in (argument.split("=", 1) if argument.split("=")[0] in names else [argument])]
+    shown = [names.get(before, part) for before, part in zip(["", *parts], parts, strict=False)]
     processes = PartialState(cpu=True).num_processes
     launcher = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
     return shlex.join([*launcher, "-m", "metalora.miniature", *shown])
