@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from .identity import Identity
 from .metadown import MetaDown
 from .train import Averages, Clock, StepReport, fit, two_rates, warmup, wholes
 
-Preview = Callable[[], Image.Image]
+Preview = Callable[[], Image.Image | None]  # none where there is no memory for one
 
 
 def crops(image: Image.Image, box: Sequence[float], size: int, config: AdaptConfig, seed: int = 0, mirror: bool = True) -> list[Image.Image]:
@@ -135,7 +135,7 @@ def _steps(
         reworded=config.reworded,
         recorded=True,
     )
-    with base.compiled() if config.compiled else nullcontext():
+    with base.compiled() if config.compiled else nullcontext(), closing(losses):
         for loss in losses:
             step = clock.done + 1
             averages.update(step)

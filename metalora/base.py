@@ -173,10 +173,14 @@ class Base:
         recorded = self.device.type == "cuda" and "transformer" in self.plan.stays and self.plan.precision != "4-bit"
         return self.playing.of(self.transformer, people) if recorded else nullcontext()
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether any of the transformer's blocks is, as inside `compiled`."""
+        return any(module._compiled_call_impl is not None for module in self.transformer.modules())
+
     def hastened(self) -> AbstractContextManager:
         """The transformer's steps take fewer operations meanwhile, with the same result to rounding; see rotary.py. What a GPU has compiled is left as it is."""
-        compiled = any(module._compiled_call_impl is not None for module in self.transformer.modules())
-        return nullcontext() if compiled and self.device.type != "cpu" else self.family.hastened(self.transformer)
+        return nullcontext() if self.is_compiled and self.device.type != "cpu" else self.family.hastened(self.transformer)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], length: int | None = None) -> Text:

@@ -36,7 +36,7 @@ def leading_directions(
     generator, rank = torch.Generator().manual_seed(config.seed), shape.meta_rank
     nothing = {name: torch.zeros(rank, layer.in_features) for name, layer in find_targets(base.transformer, shape.targets).items()}
     leading = {name: t.to(base.device) for name, t in nothing.items()}
-    with attach(base.transformer, nothing, replace(shape, rank=rank, mid_start="identity")) as adapter, base.resident("transformer"), base.hastened():
+    with attach(base.transformer, nothing, replace(shape, rank=rank, mid_start="identity")) as adapter, base.resident("transformer"):
         adapter.start(generator)
         for p in adapter.heads():
             p.requires_grad_(False)
@@ -46,13 +46,14 @@ def leading_directions(
             data = bucket([person]).to(base.device, base.dtype)
             for layer in adapter.layers.values():
                 layer.up.data = torch.randn(layer.up.shape, generator=generator).to(layer.up)
-            gradients, sketches = Gradients(base, adapter, data, [down]), torch.zeros_like(down)
-            for _ in range(max(1, DRAWS // config.batch_size)):
-                rows = torch.randint(len(data), (config.batch_size,), generator=generator)
-                loss = gradients(draw(data, rows, generator, config.flow, share))
-                if share.world > 1:
-                    loss = sum_over_processes([down], loss)
-                sketches += down.grad
+            sketches = torch.zeros_like(down)
+            with Gradients(base, adapter, data, [down]) as gradients:
+                for _ in range(max(1, DRAWS // config.batch_size)):
+                    rows = torch.randint(len(data), (config.batch_size,), generator=generator)
+                    loss = gradients(draw(data, rows, generator, config.flow, share))
+                    if share.world > 1:
+                        loss = sum_over_processes([down], loss)
+                    sketches += down.grad
             of_layers = sketches.split([layer.down.numel() for layer in adapter.layers.values()])
             for (name, layer), sketch in zip(adapter.layers.items(), of_layers):
                 leading[name] = _leading(torch.cat([leading[name], sketch.view_as(layer.down)]), KEPT * rank)

@@ -37,9 +37,10 @@ class Fold:
             transformer.get_submodule(name).weight.copy_(self.pristine[name])
         for name, parts in changes.items():
             weight = transformer.get_submodule(name).weight
-            pristine = self.pristine.setdefault(name, weight.detach().clone())
+            if name not in self.pristine:
+                self.pristine[name] = weight.detach().clone()
             a, b = torch.cat([a for a, _ in parts]).to(weight.device), torch.cat([b for _, b in parts], dim=1).to(weight.device)
-            weight.copy_(torch.addmm(pristine.float(), b, a))
+            weight.copy_(torch.addmm(self.pristine[name].float(), b, a))
         self.inside = wanted
 
     @torch.no_grad()

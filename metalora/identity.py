@@ -160,7 +160,8 @@ def kohya_names(lora: dict[str, Tensor], kohya: Kohya) -> dict[str, Tensor]:
     Raises MetaLoraError for a LoRA that adapts only some of the layers that are fused, or others than are named.
     """
     left = dict(lora)
-    blocks = sorted({tuple(key.split(".")[1:3]) for key in lora}, key=lambda block: (block[0], int(block[1])))
+    places = [key.split(".")[1:3] for key in lora]
+    blocks = sorted({(kind, index) for kind, index in places if kind.endswith("transformer_blocks")}, key=lambda block: (block[0], int(block[1])))
     named: dict[str, Tensor] = {}
     for kind, index in blocks:
         fused, short = (kohya.double, "double") if kind == "transformer_blocks" else (kohya.single, "single")

@@ -309,9 +309,13 @@ class Personalizer:
         text = self.base.encode_for_picture(f"a photo of {settings.trigger} {domain}", settings.guidance)
         size, steps = settings.train_resolution, min(settings.inference_steps, PREVIEW_STEPS)
 
-        def preview() -> Image.Image:
-            with self.base.resident("vae"):  # the transformer is at work already
-                return render(self.base, text, size, size, steps, settings.guidance, seed=0)
+        def preview() -> Image.Image | None:
+            try:
+                with self.base.resident("vae"):  # the transformer is at work already
+                    return render(self.base, text, size, size, steps, settings.guidance, seed=0)
+            except torch.OutOfMemoryError:
+                self.base.notice = "There is no memory for a preview beside the learning, which goes on without."
+                return None
 
         return preview
 

@@ -159,7 +159,7 @@ class Model:
         Down has a gradient; of each layer it keeps Down·x (r_m) and Mid·Down·x (r). Where Down learns too, layer inputs come
         to that. Other vectors live while a block is gone through, forward or backward. With checkpointing every block keeps
         its input only (1), and the block at work all. To that comes the adapter: weight, gradient and two moments in float32
-        of what learns, and Down.
+        of what learns, and Down; and what a step makes of these for all layers at once (flat.py), in its own precision.
         """
         config, vectors = self.modules["transformer"].config, self.family.vectors
         tokens = work.batch * (self.tokens(work.train_resolution) + work.caption_tokens)
@@ -168,16 +168,17 @@ class Model:
         blocks = config.num_single_layers + config.num_layers
         kept = blocks + double if checkpointing else single * config.num_single_layers + double * config.num_layers
         factors = (len(self._targets(work)) // blocks if checkpointing else len(self._targets(work))) * (work.rank + work.meta_rank)
-        return number * tokens * ((kept + vectors.at_work) * self.width + factors) + self._adapter(work)
+        return number * tokens * ((kept + vectors.at_work) * self.width + factors) + self._adapter(work, number)
 
     def _targets(self, work: Work) -> dict[str, nn.Linear]:
         return find_targets(self.modules["transformer"], work.targets)
 
-    def _adapter(self, work: Work) -> int:
+    def _adapter(self, work: Work, number: int) -> int:
         layers = self._targets(work).values()
-        down = work.meta_rank * sum(layer.in_features for layer in layers)
-        heads = work.identities * work.rank * sum(layer.out_features + work.meta_rank for layer in layers)
-        return 16 * heads + (16 if work.learns_down else 4) * down
+        wide = sum(layer.in_features for layer in layers)
+        heads, down = work.identities * work.rank * sum(layer.out_features + work.meta_rank for layer in layers), work.meta_rank * wide
+        at_once = heads + down + work.rank * wide  # Mid and Up, Down, and Mid · Down; gradients come as activations go
+        return 16 * heads + (16 if work.learns_down else 4) * down + number * at_once
 
     def phases(self, work: Work, plan: Plan) -> dict[str, tuple[tuple[str, ...], int]]:
         """Each piece of work: the components it needs, and the bytes it adds to their weights.

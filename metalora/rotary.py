@@ -47,7 +47,7 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (turns,) = ctx.saved_tensors
-        return _turned(grad.float(), turns.conj()).to(grad.dtype), None
+        return _turned(grad.float().contiguous(), turns.conj()).to(grad.dtype), None
 
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:

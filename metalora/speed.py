@@ -130,23 +130,24 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[
     if gpu:
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated(base.device)
-    start = time.perf_counter()
-    with train(base, data, case, **how) as losses:
-        with FlopCounterMode(display=False) as counter, Launches() as launches, _kept() as kept:  # not compiled: what runs under a counter once is never compiled again
-            first = next(losses)
-        if gpu:
-            torch.cuda.reset_peak_memory_stats(base.device)  # the counter holds on to what goes into every module
-        with base.compiled() if compiled else nullcontext():
-            begin = time.perf_counter()
+    with train(base, data, case, **how) as losses:  # not compiled: what runs under a counter once is never compiled again
+        with FlopCounterMode(display=False) as counter, Launches() as launches, _kept() as kept:
             next(losses)
-            to_first = time.perf_counter() - begin
-            for _ in range(warmup):
-                next(losses)
-            times = []
-            for _ in range(steps):
-                begin = time.perf_counter()
-                last = next(losses)  # it reads a loss, on a GPU that of the step before: the device is never further ahead than one step
-                times.append(1000 * (time.perf_counter() - begin))
+        losses.close()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(base.device)  # the counter holds on to what goes into every module
+    start = time.perf_counter()
+    with base.compiled() if compiled else nullcontext(), train(base, data, case, **how) as losses:
+        begin = time.perf_counter()
+        first = next(losses)
+        to_first = time.perf_counter() - begin
+        for _ in range(warmup):
+            next(losses)
+        times = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            last = next(losses)  # it reads a loss, on a GPU that of the step before: the device is never further ahead than one step
+            times.append(1000 * (time.perf_counter() - begin))
         in_all = time.perf_counter() - start
         losses.close()
     found = {"first loss": first, "last loss": last, "s to the first step": to_first, "s in all": in_all, "tera-operations a step": counter.get_total_flops() / 1e12, "launches a step": launches.count, "MiB kept for the way back": sum(kept.values()) / 2**20}

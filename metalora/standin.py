@@ -43,6 +43,8 @@ def random_base(name: str, family: Family, place: torch.device, precision: Preci
     transformer's, any but float32. Raises MetaLoraError where the library for it is missing.
     """
     configs, place = configs_for(precision, torch.bfloat16, family), numbered(place)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # recordings are of the current one
     import diffusers
 
     before = torch.get_default_dtype()

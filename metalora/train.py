@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -179,9 +179,10 @@ def loss_of(base: Base, data: TrainingSet, drawn: Drawn, adapter: Adapter | None
     noisy, wanted, caption = flow.interpolate(x, noise, sigma).to(base.dtype), flow.target(x, noise), data.caption[rows]
     if n := len(reworded):
         own, caption = caption[:n], torch.cat([data.captions[rows[:n], reworded], caption[n:]])
-        # Those that keep their own caption change nothing: they are left out, but where a recording (graph.py) wants the same shapes at every step.
-        at = (caption[:n] != own).nonzero().flatten() if base.device.type == "cpu" else torch.arange(n, device=base.device)
-        if len(at):
+        at: slice | Tensor = slice(n)
+        if base.device.type == "cpu" and not base.is_compiled:  # else shapes are to be the same at every step
+            at = (caption[:n] != own).nonzero().flatten()  # whose caption is their own change nothing
+        if len(own[at]):
             with torch.no_grad(), adapter.passed_over() if adapter else nullcontext():
                 wanted[at] += _change(base, data, noisy[at], sigma[at], own[at], caption[at])
     predicted = base.velocity(noisy, sigma, data.text.rows(caption), data.image_ids, base.settings.train_guidance)
@@ -240,7 +241,7 @@ def fit(
     gradients = Gradients(base, adapter, data, parameters, recorded and base.device.type == "cuda")
     late, unread = base.device.type == "cuda" if late is None else late, None
     try:
-        with base.hastened():
+        with gradients:
             for step in range(steps):
                 value = gradients(draw(data, next(batches), generator, flow_config, share, reworded))
                 if share.world > 1:
@@ -285,12 +286,23 @@ def sum_over_processes(parameters: Sequence[nn.Parameter], loss: Tensor | None =
 
 
 class Gradients:
-    """The loss () of a step, its gradients left with the parameters; a step that the memory does not do for is done again."""
+    """The loss () of a step, its gradients left with the parameters; a step that the memory does not do for is done again.
+
+    A context manager: the transformer is hastened meanwhile, whichever it is (Base.hastened).
+    """
 
     def __init__(self, base: Base, adapter: Adapter, data: TrainingSet, parameters: Sequence[Whole], recorded: bool = False):
         self.base, self.adapter, self.data, self.parameters = base, adapter, data, parameters
         self.at_once = AtOnce(adapter, parameters, base.dtype)
         self.recorded = Recorded(self._work) if recorded else None
+        self._hastened = ExitStack()
+
+    def __enter__(self) -> Gradients:
+        self._hastened.enter_context(self.base.hastened())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hastened.close()
 
     def __call__(self, drawn: Drawn) -> Tensor:
         return self.base.persevere(partial(self._step, drawn), self._again)
@@ -313,6 +325,8 @@ class Gradients:
             self.recorded.forget()
         if self.base.transformer is not self.adapter.transformer:
             self.adapter.move_to(self.base.transformer)
+            self._hastened.close()
+            self._hastened.enter_context(self.base.hastened())
 
 
 @contextmanager

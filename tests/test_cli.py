@@ -140,7 +140,7 @@ def test_pictures_come_with_what_made_them(call, me):
 @pytest.mark.parametrize("format,key", [("diffusers", "transformer."), ("kohya", "lora_unet_")])
 def test_export_writes_an_ordinary_lora(call, me, format, key):
     code, out, _ = call("export", me, "--format", format, "--output", "lora.safetensors")
-    assert code == 0 and format in out and all(name.startswith(key) for name in load_file("lora.safetensors"))
+    assert code == 0 and format in out and "sks" in out and all(name.startswith(key) for name in load_file("lora.safetensors"))
 
 
 def test_pictures_are_scored_against_photos(call, people):

@@ -17,7 +17,7 @@ from metalora.base import Base
 from metalora.fold import factors
 from metalora.generate import GenerateConfig, Person, generate, render, save_png, seeded, unload_people, use_people
 
-from .conftest import make_meta_down, state_hash
+from .conftest import make_meta_down, run, state_hash
 from .test_identity import make
 
 PROMPT = "a photo of {person} in a red cap"
@@ -301,6 +301,17 @@ def test_a_training_left_behind_ends_when_other_work_starts(personalizer, snapsh
     assert next(left).preview is None and next(left).preview.size == (32, 32)
     personalizer.generate(None, "a park")
     assert state_hash(personalizer.base.transformer) == before
+
+
+def test_a_preview_that_the_memory_does_not_do_for_is_left_out(personalizer, snapshot, monkeypatch):
+    def render(*given, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("metalora.personalizer.render", render)
+    monkeypatch.setattr(personalizer.base, "notice", "")
+    reports, identity = run(personalizer.adapt_steps(snapshot, "woman", 3, preview_every=1))
+    assert [report.preview for report in reports] == [None] * 3 and identity.steps == 3
+    assert "no memory for a preview" in personalizer.base.notice
 
 
 def test_the_domain_must_fit_the_meta_down(personalizer, snapshot):

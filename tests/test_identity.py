@@ -199,5 +199,7 @@ def test_kohya_refuses_what_it_cannot_name(base, meta_down, person):
         kohya_names(fewer, base.family.kohya)
     with pytest.raises(MetaLoraError, match="no name"):
         kohya_names({**lora, "transformer.transformer_blocks.0.else.lora_A.weight": torch.zeros(1, 2)}, base.family.kohya)
+    with pytest.raises(MetaLoraError, match="no name for transformer.x_embedder"):
+        kohya_names({**lora, "transformer.x_embedder.lora_A.weight": torch.zeros(1, 2)}, base.family.kohya)
     with pytest.raises(MetaLoraError, match="no export format"):
         person.export("x.safetensors", meta_down, base.family, "bin")

@@ -25,13 +25,14 @@ from torchao.quantization.quantize_.workflows import Float8Tensor, QuantizeTenso
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import metalora.base
-from metalora import MetaLoraError, adapter, frozen, plan
+from metalora import MetaLoraError, frozen, plan
 from metalora.adapt import adapt, adapt_plain
-from metalora.adapter import attach, find_targets
+from metalora.adapter import attach, find_targets, trainable
 from metalora.base import Base, _load_pipeline
 from metalora.config import AdapterConfig, BaseSettings
 from metalora.families import KNOWN
 from metalora.family import Text
+from metalora.flat import AtOnce, end_to_end
 from metalora.fold import Fold
 from metalora.generate import GenerateConfig, Person, generate, unload_people
 from metalora.plan import GIB, PLANS, Model, Work, choose
@@ -159,12 +160,13 @@ def the_step(model: Model, transformer: nn.Module, work: Work, device: str, dtyp
     zeros = partial(torch.zeros, device=device, dtype=dtype)
     text = Text(zeros(b, *shape) for shape in model.family.text_shapes(transformer, work.caption_tokens))
     given = zeros(b, side**2, transformer.config.in_channels), zeros(b), text, model.family.image_ids(side, side).to(device), 1.0
-    with attach(transformer, downs, shape) as heads:
+    with attach(transformer, downs, shape) as heads, model.family.hastened(transformer):
         heads.train_down(work.learns_down)
-        with Peak() as watched:
+        at_once = AtOnce(heads, [end_to_end(list(trainable(heads)))], dtype)
+        with Peak() as watched, at_once():
             model.family.velocity(transformer, *given).float().square().mean().backward()
-        gradients = sum(4 * p.numel() for p in adapter.trainable(heads))
-    return watched.most, model.step(work, checkpointing, dtype.itemsize) - model._adapter(work), gradients
+        learns = sum(4 * p.numel() for p in trainable(heads))
+    return watched.most, model.step(work, checkpointing, dtype.itemsize) - model._adapter(work, 0), learns
 
 
 @pytest.mark.parametrize("learns_down", [False, True])
@@ -224,7 +226,7 @@ def test_a_larger_card_never_gets_a_slower_plan_and_none_is_overfilled(needs, ki
 
 
 CARDS = {  # GiB → the plan for it
-    FLUX_DEV: {80: "folding", 48: "resident", 40: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit", 10: "offload"},
+    FLUX_DEV: {80: "folding", 48: "resident", 40: "resident", 24: "fp8", 16: "4-bit", 12: "4-bit-checkpointing", 10: "offload"},
     KLEIN_4B: {32: "folding", 24: "resident", 16: "fp8", 12: "4-bit", 8: "4-bit", 6: "offload"},
 }
 
@@ -358,8 +360,11 @@ def test_memory_that_does_not_even_do_for_the_next_plan_s_weights_goes_down_furt
 
     monkeypatch.setattr(metalora.base, "_load_pipeline", loading)
     fail_at(carded, monkeypatch, [2])
+    hastened, which = Base.hastened, []
+    monkeypatch.setattr(Base, "hastened", lambda self: (which.append(self.transformer), hastened(self))[1])
     reports, identity = run(adapt(carded, meta_down, photo, config))
     assert len(reports) == config.steps and identity.steps == config.steps
+    assert len(which) == 2 and which[0] is not which[1] is carded.transformer
     assert precisions[0] == "fp8" and precisions[-1] == carded.precision == carded.plan.precision == "4-bit"
     assert [record.message for record in caplog.records][-1].endswith("checkpointing.")
 

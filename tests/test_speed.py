@@ -17,6 +17,7 @@ from metalora import MetaLoraError, drawing, graph, growth, speed, standin
 from metalora.adapt import adapt
 from metalora.adapter import attach_plain, trainable
 from metalora.base import Base
+from metalora.cache import captioned, merge
 from metalora.config import FlowConfig
 from metalora.family import Family
 from metalora.generate import render, use_people
@@ -83,7 +84,10 @@ def test_what_is_measured_as_compiled_is(base, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(Base, "compiled", partialmethod(Base.compiled, backend="aot_eager"))
+    hastened, compiled = Base.hastened, []
+    monkeypatch.setattr(Base, "hastened", lambda self: (compiled.append(self.is_compiled), hastened(self))[1])
     times, found = speed.measure(base, Case(base.settings.train_resolution, 5), "Meta-LoRA, compiled", warmup=0, steps=1)
+    assert compiled == [False, True]  # the step that is counted, and those that are measured
     assert len(times) == 1 and counters["stats"]["unique_graphs"] > 0 and found["tera-operations a step"] > 0
 
 
@@ -100,6 +104,10 @@ def test_a_person_is_learnt_the_same_compiled(base, photo, meta_down, config, mo
     assert counters["stats"]["unique_graphs"] > 0
     for name, (_, up) in plain.factors.items():
         torch.testing.assert_close(same.factors[name][1], up, rtol=1e-3, atol=1e-4)
+    half = merge([captioned(base, photo, [("a photo of sks woman", "smiling")] * 3), photo])  # so that in every batch others are under their own caption
+    with monkeypatch.context() as patch:
+        patch.setattr(Base, "compiled", partialmethod(Base.compiled, backend="aot_eager"))
+        assert run(adapt(base, meta_down, half, replace(config, compiled=True, reworded=0.5, batch_size=8, steps=12)))[1].steps == 12
     before = state_hash(base.transformer)
     torch._dynamo.reset()
     nowhere = torch._inductor.config.patch({"force_disable_caches": True, "cpp.cxx": (None, "/no/compiler")})  # which is undone whole, as monkeypatch's is not
