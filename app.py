@@ -52,16 +52,17 @@ def main() -> None:
     """Serve until stopped."""
     chosen = settings()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the first process of a container, as in Docker, would not heed it
+    page = None
     try:
         page = start(chosen)
+        while True:
+            time.sleep(1)
     except OSError:
         where = f"{chosen.host or 'this machine'}:{chosen.port or '7860 and the ports after it'}"
         sys.exit(f"The page cannot be served on {where}: the port is taken, or the address is not this machine's; give another with --port or --host.")
-    try:
-        while True:
-            time.sleep(1)
     except KeyboardInterrupt:
-        page.close(verbose=False)  # which deletes what was uploaded; gradio's own way of waiting leaves it there while a browser has the page open
+        if page:
+            page.close(verbose=False)  # which deletes what was uploaded; gradio's own way of waiting leaves it there while a browser has the page open
 
 
 if __name__ == "__main__":

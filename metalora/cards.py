@@ -60,6 +60,16 @@ def data_uri(image: Image.Image, side: int = PICTURE_SIDE) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def speed(report: StepReport) -> str:
+    """Steps a second, or seconds a step where that is the larger number."""
+    return f"{report.steps_per_second:.1f} it/s" if report.steps_per_second >= 1 else f"{1 / report.steps_per_second:.1f} s/it"
+
+
+def counted(number: int, what: str) -> str:
+    """"1 step", "2 steps"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 @dataclass
 class Learning:
     """The card of one learning: the photo, the likeness as it comes, a bar, the figures, the loss curve."""
@@ -76,7 +86,7 @@ class Learning:
 
     def running(self, report: StepReport) -> str:
         """The card while it learns."""
-        figures = f"step {report.step} of {report.steps} · loss {self.smooth()[-1]:.3f} · {report.steps_per_second:.1f} it/s · {clock(report.seconds_left)} left"
+        figures = f"step {report.step} of {report.steps} · loss {self.smooth()[-1]:.3f} · {speed(report)} · {clock(report.seconds_left)} left"
         return self._card("running", "Learning", figures, report.step / report.steps)
 
     def preparing(self) -> str:
@@ -85,12 +95,12 @@ class Learning:
 
     def done(self, seconds: float, noun: str) -> str:
         """The card at the end."""
-        return self._card("done", "Learnt", f"this {escape(noun)}, in {clock(seconds)} and {len(self.losses)} steps; ask for pictures now", 1.0)
+        return self._card("done", "Learnt", f"this {escape(noun)}, in {clock(seconds)} and {counted(len(self.losses), 'step')}; ask for pictures now", 1.0)
 
     def stopped(self) -> str:
         """The card after a stop."""
         self.preview = ""
-        return self._card("stopped", "Stopped", f"after {len(self.losses)} steps; nothing of it was kept", 0.0)
+        return self._card("stopped", "Stopped", f"after {counted(len(self.losses), 'step')}; nothing of it was kept", 0.0)
 
     def failed(self) -> str:
         """The card after a fault, whose sentence is shown elsewhere."""

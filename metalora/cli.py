@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .config import DEFAULT_BASE
-from .errors import MetaLoraError, naming
+from .errors import MetaLoraError
 from .processes import here
 from .terminal import Result, Unfinished, check_file, check_folder, command, finish, launch, pair
 
@@ -45,6 +45,7 @@ def adapt(
 ) -> Result:  # fmt: skip
     """Learn a person from one photo or several; writes an identity file."""
     check_file(output)
+    from .face import only
     from .photo import load_photo
     from .progress import Line
 
@@ -52,8 +53,7 @@ def adapt(
     _prepare(base, meta_down, plan)
     personalizer = _open(base, meta_down, plan)
     for path, image in zip(held_out or [], others):
-        with naming(path):
-            personalizer.pick(image, domain)
+        only(personalizer.finder_of(domain), image, path)
     _say_plain(personalizer, f"the {domain} is")
     start = time.perf_counter()
     with Line() as line:
@@ -118,6 +118,7 @@ def generate(
     check_folder(output)
     wanted = pair(size, "x", "--size", "768x512") if size else None
     _prepare(base, meta_down, plan, identity)
+    from .files import free
     from .generate import save_png
     from .identity import Identity
     from .progress import Line
@@ -131,7 +132,7 @@ def generate(
             on_step=lambda done, every: line.show(done / every, f"picture {len(paths) + 1}/{len(prompts) * count}  step {done}/{every}"),
         )  # fmt: skip
         for number, image in enumerate(pictures):
-            paths.append(save_png(image, output / f"{number // count + 1:02d}-{seed + number % count}.png"))
+            paths.append(save_png(image, free(output / f"{number // count + 1:02d}-{seed + number % count}.png")))
     shown = [{"file": str(path), "prompt": prompts[n // count], "seed": seed + n % count} for n, path in enumerate(paths)]
     return {"identity": person.sha256, "pictures": shown}, "\n".join(map(str, paths))
 
@@ -149,8 +150,8 @@ def export(
 
     person = Identity.load(identity)
     _open(base, meta_down, plan).export(person, output, format)
-    told = f"{output}: a LoRA of rank {person.rank} under {format} names; in prompts the person is called {person.prompt_words}"
-    return {"output": str(output), "format": format, "identity": person.sha256, "prompt_words": person.prompt_words}, told
+    result = {"output": str(output), "format": format, "identity": person.sha256, "prompt_words": person.prompt_words}
+    return result, f"{output}: a LoRA of rank {person.rank} under {format} names; prompts call the person {person.prompt_words}"
 
 
 @command
@@ -168,6 +169,7 @@ def score(
     images, others, photos = ([load_photo(path) for path in paths or []] for paths in (pictures, against, learnt_from))
     from . import hub
     from .clip import Clip
+    from .face import only
     from .families import settings_of
     from .score import Scorer
     from .subject import finder_for
@@ -175,8 +177,7 @@ def score(
     settings = settings_of(hub.base_folder(base, weights=False))
     scorer = Scorer(finder_for(settings, subject), Clip(settings.clip, hub.model_folder))
     for path, image in zip((*against, *(learnt_from or [])), (*others, *photos)):
-        with naming(path):
-            scorer.finder.pick(image)
+        only(scorer.finder, image, path)
     rows = scorer.score(images, photos, others, [prompt] * len(images) if prompt else None)
     rows = [{"file": str(path), **row} for path, row in zip(pictures, rows)]
     return {"pictures": rows, "means": _means(rows)}, "\n".join(f"{row['file']}: {_listed(row)}" for row in rows)
@@ -229,8 +230,7 @@ def meta_train(
             if record:
                 record(report)
 
-        before = MetaDown.load(folder) if folder else None
-        found = finish(learn_domain(opened, people, domain, name or output.name, output, changes, before), show)
+        found = finish(learn_domain(opened, people, domain, name or output.name, output, changes, MetaDown.load(folder) if folder else None), show)
         found = replace(found, adapt=found.adapt | of_domain)
     if not first:
         return {}, ""  # one of several processes speaks for all
@@ -302,7 +302,7 @@ def evaluate(
 def publish(
     source: Annotated[Path, typer.Argument(metavar="FOLDER|ME.safetensors", help="The Meta-Down folder that meta-train wrote, or an identity file.")],
     repo: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub; made when it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Make it for yourself only, where it is made.")] = False, json: Json = False,
+    private: Annotated[bool, typer.Option("--private", help="Nobody else can see it; refused where the repository is there already and public.")] = False, json: Json = False,
 ) -> Result:  # fmt: skip
     """Put a Meta-Down or a person on the Hub, with a card and the base's licence; HF_TOKEN must let you write."""
     from .publish import publish

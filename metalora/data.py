@@ -149,7 +149,7 @@ def _unreadable(paths: list[Path]) -> list[str]:
         try:
             load_photo(path)
         except MetaLoraError as error:
-            return f"{path.name}: {error}"
+            return str(error)
         return None
 
     with ThreadPoolExecutor() as pool:

@@ -113,20 +113,17 @@ def _meta_down(place: str, domain: str, base: str | None) -> dict[str, Any]:
 
 
 def _face_pack(settings: BaseSettings) -> dict[str, Any]:
-    known = Path.home() / ".insightface" / "models" / settings.face_pack
+    from .face import INSIGHTFACE, FaceFinder
+
+    known = INSIGHTFACE / settings.face_pack
     if os.sep not in settings.face_pack and not Path(settings.face_pack).is_dir() and not known.is_dir():
         raise MetaLoraError(f"{settings.face_pack} is not on this machine yet; it is fetched on first use.")
-    from .face import FaceFinder
-
     FaceFinder.of(settings)
     return {"says": settings.face_pack}
 
 
 def _model(kind: str, place: str) -> dict[str, Any]:
-    folder = Path(place)
-    if not folder.is_dir():
-        folder = hub.fetch(place, ["*.json", "*.txt", "*.safetensors"], lambda found: (found / "config.json").is_file(), download=False)
-    if not (folder / "config.json").is_file():
+    if not (hub.model_folder(place, download=False) / "config.json").is_file():
         raise MetaLoraError(f"The {kind} model {place} has no config.json; get it afresh.")
     return {"says": place}
 

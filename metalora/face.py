@@ -6,6 +6,7 @@ Where the subject is no face, another finder stands in for that of faces; see su
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -17,12 +18,13 @@ import numpy as np
 from PIL import Image
 
 from .config import BaseSettings
-from .errors import MetaLoraError
+from .errors import MetaLoraError, naming
 
 THREADS = 2  # of ONNX Runtime; its default takes every core and spins
 THRESHOLD = 0.5  # least score of a face
 PADDINGS = (0.0, 0.5, 1.5)  # room added round the picture, in its longer sides, one after the other until a face is found
 FLATTEST = 8  # widest ratio of the sides that the detector is given; flatter pictures are padded
+INSIGHTFACE = Path.home() / ".insightface" / "models"  # where InsightFace keeps the packs that it fetches
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,15 @@ class Face:
 
 class SeveralFaces(MetaLoraError):
     """A photo shows more than the one face that is wanted."""
+
+
+def only(finder: Finder, image: Image.Image, name: object) -> Face:
+    """The one face of a photo that is compared with, where nobody can say which. MetaLoraError, which begins with the photo's name, for none or several."""
+    with naming(name):
+        try:
+            return finder.pick(image)
+        except SeveralFaces as error:
+            raise MetaLoraError("The photo shows several faces; leave it out, or cut it to the one.") from error
 
 
 class Finder(ABC):
@@ -190,4 +201,7 @@ def _analysis(pack: str):
             raise MetaLoraError(f"The face pack {pack} is damaged; get it afresh.") from error
         raise MetaLoraError(f"The face pack {pack} is not on this machine and could not be fetched; go online once, or name a folder in metalora.json.") from error
     except Exception as error:  # noqa: BLE001  an AssertionError for an empty folder, ONNX Runtime's own kinds for damaged files
-        raise MetaLoraError(f"The face pack {pack} is incomplete or damaged; get it afresh.") from error
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise MetaLoraError(f"The disk is full, so the face pack {pack} could not be fetched; free some space, remove {INSIGHTFACE / pack}, and start again.") from error
+        again = "get it afresh" if Path(pack).is_dir() else f"remove {INSIGHTFACE / pack} and start again, and it is fetched afresh"
+        raise MetaLoraError(f"The face pack {pack} is incomplete or damaged; {again}.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import secrets
@@ -41,9 +42,18 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def free(path: Path) -> Path:
+    """The path; where something is there already, the same with the first number behind it that is free."""
+    taken = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(other for other in taken if not other.exists())
+
+
 def disk_sentence(error: OSError, path: Path) -> str:
     """What to tell a user whose file could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return f"The disk is full, so {path.name} was not saved; free some space and save again."
     return f"{path} cannot be written ({error.strerror or error}); choose another place."
 
@@ -91,9 +101,12 @@ def check_tensors(path: str | Path, what: str) -> Path:
     """The same refusals, of a file that is not there or a pickle, without reading it."""
     path = Path(path)
     if not path.is_file():
-        raise MetaLoraError(f"There is no file {path}.")
-    with path.open("rb") as file:
-        start = file.read(9)
+        raise MetaLoraError(f"There is no file {path}; check the name.")
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise MetaLoraError(f"{path} cannot be read ({error.strerror}); check who may read it.") from error
     # A safetensors file may start with pickle's two bytes too (they are its header's length), but its ninth is a brace.
     pickled = start[:1] == b"\x80" and start[1:2] <= b"\x05" and start[8:] != b"{"
     if path.suffix.lower() in PICKLE_SUFFIXES or start.startswith(b"PK\x03\x04") or pickled:

@@ -65,7 +65,7 @@ class Flux(Family):
     #                     input of the GELU (4)
     # double block   12   the same for both streams, and the input of the second norm
     # learning        6   the norm's output, the GELU's (4) and one of the attention, which lies in a concatenation
-    vectors = Vectors(single=11, double=12, learning=5, at_work=12, drawing=16)
+    vectors = Vectors(single=11, double=12, learning=6, at_work=12, drawing=16)
     kohya = Kohya(
         "networks.lora_flux",
         double={

@@ -167,7 +167,9 @@ def _resolve(base: Base, config: GenerateConfig) -> tuple[int, int, int, float]:
 
 def describe(base: Base, prompt: str, people: Sequence[Person], seed: int, steps: int, guidance: float) -> dict[str, str]:
     """What stands in a picture's metadata."""
-    person = {p.sha256: p.weight for p in people}
+    person: dict[str, float] = {}
+    for p in people:
+        person[p.sha256] = person.get(p.sha256, 0.0) + p.weight
     return {
         "Software": MAKER,
         "Comment": NOTE,

@@ -22,6 +22,7 @@ from . import cards
 from .config import FACE
 from .errors import Cancelled, MetaLoraError
 from .hub import NoAccess
+from .prompts import anyone
 from .studio import Learnt, Order, StopFlag, Studio, on_gpu
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ class Handlers:
         text = f"{base.name} · {s.resolution}×{s.resolution} px · {device} · ready"
         if personalizer.is_plain:
             text += f"; without a Meta-Down people are learnt as ordinary LoRAs of rank {s.plain_rank} (make one with python -m metalora meta-train, or give one with --meta-down)"
+        if self.studio.notice:
+            text += f"; {self.studio.notice}"
         return [
             cards.status(text),
             gr.Radio(choices=domains, **({} if set(DOMAINS) <= set(domains) else {"value": domain})),  # somebody may have chosen by now
@@ -268,7 +271,7 @@ class Handlers:
         with one_sentence():
             learnt = self.studio.load(file)
             files = self.studio.write_files(learnt.identity, new_folder())
-        gr.Info(f"Loaded: a {learnt.identity.domain}, {learnt.identity.steps} steps.")
+        gr.Info(cards.sentence(f"Loaded: {anyone(learnt.identity.domain)}, {cards.counted(learnt.identity.steps, 'step')}."))
         return [*map(download, files), learnt]
 
 

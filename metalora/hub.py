@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from .config import SETTINGS_FILE
 from .errors import MetaLoraError
-from .files import CARD, CONFIG, PREDICTOR, START, TENSORS, disk_sentence, is_complete
+from .files import CARD, CONFIG, FULL, PREDICTOR, START, TENSORS, is_complete
 from .licence import is_hub_id
 
 CATALOG = Path(__file__).with_name("catalog.json")
@@ -134,12 +134,12 @@ def meta_down_folder(place: str, domain: str = "", download: bool = True, on_fet
     return fetch(place, META_DOWN_FILES, is_complete, download, on_fetch, token)
 
 
-def model_folder(place: str, on_fetch: OnFetch | None = None) -> Path:
+def model_folder(place: str, on_fetch: OnFetch | None = None, download: bool = True) -> Path:
     """Local folder of a model of transformers that looks at pictures: `place` itself, or fetched from the Hub."""
     folder = Path(place).expanduser()
     if folder.is_dir():
         return folder
-    return fetch(place, MODEL_FILES, lambda found: any(found.glob("*processor_config.json")) and _part_is_complete(found), on_fetch=on_fetch)
+    return fetch(place, MODEL_FILES, lambda found: any(found.glob("*processor_config.json")) and _part_is_complete(found), download, on_fetch)
 
 
 def domains_in(place: str | Path) -> list[str]:
@@ -361,10 +361,10 @@ def plain_faults(repo: str, revision: str | None) -> Iterator[None]:
             raise NoAccess(f"The Hub {found} {repo}; make one that may at {constants.ENDPOINT}/settings/tokens, then {access} to it.") from error
         raise MetaLoraError(f"The Hub failed with {repo} ({error.response.status_code}); try again later.") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.HTTPError, ConnectionError, TimeoutError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True")
-        way = " because HF_HUB_OFFLINE is set; unset it" if offline else "; go online"
+        way = " because HF_HUB_OFFLINE is set; unset it" if constants.HF_HUB_OFFLINE else "; go online"
         raise MetaLoraError(f"{repo} is out of reach, for the Hub ({constants.ENDPOINT}) cannot be reached{way} and start again, or give a folder.") from error
     except OSError as error:
         if "Consistency check failed" in str(error):
             raise MetaLoraError(f"A file of {repo} arrived in another size than the Hub names; start again, and it goes on where it was.") from error
-        raise MetaLoraError(disk_sentence(error, Path(constants.HF_HUB_CACHE))) from error
+        why = "the disk is full" if error.errno in FULL else f"its files cannot be written there ({error.strerror or error})"
+        raise MetaLoraError(f"{repo} could not be fetched to {constants.HF_HUB_CACHE}: {why}; make room, or set HF_HOME to another folder, and start again; it goes on where it was.") from error

@@ -39,6 +39,8 @@ def load_photo(source: Any) -> Image.Image:
     else:
         image = _open(_read(source), name)
     _check_size(image.size, name)
+    if min(image.size) * WORKING_SIDE < max(image.size) * LEAST_SIDE:
+        raise MetaLoraError(f"{name} is {image.width}x{image.height} px, too long and thin to show a face; cut it to what is to be seen.")
     return _decode(image, name)
 
 
@@ -110,7 +112,6 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise _damaged(name) from error
     if max(image.size) > WORKING_SIDE:
         image.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.LANCZOS)
-        _check_size(image.size, name)
     image.info = {}
     return image
 

@@ -58,8 +58,7 @@ class Line:
 
     def step(self, report: StepReport) -> None:
         """A step of a training."""
-        speed = f"{report.steps_per_second:.1f} it/s" if report.steps_per_second >= 1 else f"{1 / report.steps_per_second:.1f} s/it"
-        self.show(report.step / report.steps, f"step {report.step}/{report.steps}  loss {report.loss:.4f}{self._unseen(report)}  {speed}  {cards.clock(report.seconds_left)} left")
+        self.show(report.step / report.steps, f"step {report.step}/{report.steps}  loss {report.loss:.4f}{self._unseen(report)}  {cards.speed(report)}  {cards.clock(report.seconds_left)} left")
 
     def _unseen(self, report: StepReport) -> str:
         """The last loss on people that were kept out."""

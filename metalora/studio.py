@@ -7,11 +7,12 @@ owns is a `Learnt` that the page keeps in that session's state, and files in the
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import hub
 from .config import ZERO_GPU
-from .errors import Cancelled, MetaLoraError, naming
+from .errors import Cancelled, MetaLoraError
 
 LONGEST = 120  # seconds of a GPU that ZeroGPU gives to whoever has no account, a day
 
@@ -75,7 +76,7 @@ class StopFlag:
     @classmethod
     def of(cls, session: str | None) -> StopFlag:
         """The flag of a session."""
-        name = "".join(c for c in session or "" if c.isalnum()) or "nobody"
+        name = hashlib.sha256((session or "nobody").encode()).hexdigest()[:32]  # whatever a program calls its session
         return cls(Path(tempfile.gettempdir()) / f"metalora-stop-{os.getuid() if hasattr(os, 'getuid') else 0}-{name}")
 
     def raise_(self) -> None:
@@ -104,6 +105,7 @@ class Studio:
     meta_down: str | None = None
     plan: str | None = None
     fetched: hub.Fetched | None = None  # how far a download is, while there is one
+    notice: str = ""  # what everybody should know of how the base was opened
     _opened: Future | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _desk: threading.Lock = field(default_factory=threading.Lock, repr=False)  # one piece of work at a time, also where a client has given up on one that still runs
@@ -141,6 +143,7 @@ class Studio:
         from .personalizer import Personalizer
 
         personalizer = Personalizer.open(self.base, self.meta_down, plan=self.plan)
+        self.notice, personalizer.base.notice = personalizer.base.notice, ""
         personalizer.finder  # loaded now, so that the first photo need not wait
         for domain in personalizer.domains:
             personalizer.finder_of(domain)
@@ -193,11 +196,8 @@ class Studio:
         if personalizer.finder_of(domain).whole:
             face = None  # chosen before the domain was
         with self._desk:
-            photos = np.stack([self._embed(photo, domain, face, "click the one to learn")])
-            others = []
-            for each in held_out:
-                with naming(Path(each).name):
-                    others.append(self._embed(each, domain, None, "leave it out, or cut it to the one"))
+            photos = np.stack([self._embed(photo, domain, face)])
+            others = [self._held_out(each, domain) for each in held_out]
             run = personalizer.adapt_steps([photo], domain, steps, seed, face=face, preview_every=preview_every, pause=stop.check)
             try:
                 while True:
@@ -209,14 +209,20 @@ class Studio:
                 run.close()
                 personalizer.forget()
 
-    def _embed(self, photo: Any, domain: str, face: int | None, otherwise: str) -> np.ndarray:
-        """Embedding (d,) of the photo's one face. MetaLoraError where it shows several, with what to do `otherwise`."""
+    def _embed(self, photo: Any, domain: str, face: int | None) -> np.ndarray:
+        """Embedding (d,) of the photo's one face, or the one that was chosen."""
         from .face import SeveralFaces
 
         try:
             return self.personalizer.pick(self.open_photo(photo), domain, face).embedding
         except SeveralFaces as error:
-            raise MetaLoraError(f"The photo shows several faces; {otherwise}.") from error
+            raise MetaLoraError("The photo shows several faces; click the one to learn.") from error
+
+    def _held_out(self, photo: Any, domain: str) -> np.ndarray:
+        """Embedding (d,) of the one face of a photo that is only compared with."""
+        from .face import only
+
+        return only(self.personalizer.finder_of(domain), self.open_photo(photo), Path(photo).name).embedding
 
     def generate(self, learnt: Learnt, order: Order, folder: Path, stop: StopFlag) -> Iterator[Picture]:
         """Pictures one after the other, each scored and written to `folder`. Cancelled within a step of the stop wish."""
@@ -255,11 +261,10 @@ class Studio:
 
 
 def _in_background(work: Callable[..., Any], *given: Any) -> Future:
-    pool = ThreadPoolExecutor(1, thread_name_prefix="open-base")
-    try:
-        return pool.submit(work, *given)
-    finally:
-        pool.shutdown(wait=False)
+    """In a thread that does not keep the process when that is to end."""
+    done: Future = Future()
+    threading.Thread(target=hub.fulfil, args=(done, functools.partial(work, *given)), name="open-base", daemon=True).start()
+    return done
 
 
 def _at_once(work: Callable[[], Any]) -> Future:

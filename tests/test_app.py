@@ -348,6 +348,15 @@ def test_a_stop_from_outside_takes_along_what_was_uploaded(tmp_path):
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+def test_a_stop_from_outside_does_not_wait_for_a_download(gated, tmp_path):
+    gated.gated, gated.pause = set(), 5
+    with running("org/base", tmp_path, HF_ENDPOINT=gated.url) as (_, run):
+        wait_until(lambda: any(name.endswith(".safetensors") for name in gated.asked))
+        run.terminate()
+        assert run.wait(15) == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
 def test_the_download_of_a_base_is_shown(gated, gated_app):
     gated.gated, gated.pause = set(), 0.2
     job = Client(gated_app[0], verbose=False).submit(api_name="/status")
@@ -425,6 +434,8 @@ def test_what_the_user_should_know_of_the_base_is_shown_once(base, monkeypatch):
     do._tell()
     do._tell()
     assert said == ["going on with lean."]
+    do.studio.notice = "The GPU ran out of memory."
+    assert "; The GPU ran out of memory." in do._greeting(opened.result())[0]
 
 
 def test_who_has_no_name_in_kohya_s_format_is_learnt_all_the_same(base, photos, monkeypatch):

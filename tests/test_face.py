@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metalora import MetaLoraError
+from metalora import MetaLoraError, face
 from metalora.data import load_dataset
 from metalora.face import FaceFinder, crop, thumbnails
 
@@ -137,6 +137,14 @@ def test_a_pack_that_lacks_or_is_damaged_is_one_sentence(pack, tmp_path, capsys)
         FaceFinder(tmp_path / "nowhere")
     with pytest.raises(MetaLoraError, match="incomplete or damaged"):
         FaceFinder(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path / "home"))
+        half = tmp_path / "home" / ".insightface" / "models" / "half"  # as a fetching that was killed leaves it
+        half.mkdir(parents=True)
+        (half / "det.onnx").write_bytes(b"half")
+        patch.setattr(face, "INSIGHTFACE", half.parent)
+        with pytest.raises(MetaLoraError, match=f"incomplete or damaged; remove {half} and start again"):
+            FaceFinder("half")
     for missing in ("det.onnx", "rec.onnx"):
         part = Path(shutil.copytree(pack, tmp_path / f"without-{missing}"))
         (part / missing).unlink()

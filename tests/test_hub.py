@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -355,6 +356,12 @@ def test_a_published_person_carries_the_licence_of_the_base(tmp_path, monkeypatc
     (tmp_path / "back.safetensors").write_bytes(server.repos["org/me"]["identity.safetensors"])
     assert Identity.load(tmp_path / "back.safetensors").sha256 == person.sha256
     assert licence.header("tiny") == {} and licence.notice("miniature") == "" and licence.is_flux_dev("/models/FLUX.1-dev/")
+
+
+@pytest.mark.parametrize("fault,told", [(errno.ENOSPC, "the disk is full; make room"), (errno.EACCES, "cannot be written there")])
+def test_what_cannot_be_kept_is_one_sentence(fault, told):
+    with pytest.raises(MetaLoraError, match=f"org/down could not be fetched to .*{told}.*set HF_HOME.*goes on where it was"), hub.plain_faults("org/down", None):
+        raise OSError(fault, os.strerror(fault))
 
 
 def test_folders_and_the_catalogue(tiny_base, tmp_path):

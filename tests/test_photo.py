@@ -226,3 +226,5 @@ def test_a_large_photo_is_scaled_down(tmp_path):
     path = saved(Image.linear_gradient("L").resize((6000, 3000)).convert("RGB"), tmp_path / "p.jpg")
     assert load_photo(path).size == (4096, 2048) or load_photo(path).size == (3000, 1500)
     assert load_photo(Image.new("RGB", (8000, 500))).size == (4096, 256)
+    with pytest.raises(MetaLoraError, match="20000x70 px, too long and thin"):
+        load_photo(Image.new("RGB", (20000, 70)))

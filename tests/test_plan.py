@@ -180,9 +180,9 @@ def test_a_training_step_of_full_size_takes_what_is_predicted(known, monkeypatch
     monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
     transformer = full.modules["transformer"].to(torch.bfloat16)
     getattr(transformer, f"{'en' if checkpointing else 'dis'}able_gradient_checkpointing")()
-    work = replace(WORK["person"], learns_down=learns_down)
+    work = replace(WORK["person"], learns_down=learns_down, batch=4 if learns_down else 1)  # as stage 1 and stage 2 have it
     measured, predicted, gradients = the_step(full, transformer, work, "meta", torch.bfloat16, checkpointing)
-    assert 0.88 * predicted < measured < 1.05 * predicted + gradients  # rather too much than too little
+    assert 0.85 * predicted < measured < 1.03 * predicted + gradients  # rather too much than too little
 
 
 @pytest.mark.parametrize("double,single,tokens,batch", [(1, 1, 64, 1), (3, 1, 32, 2), (1, 3, 128, 1)])
@@ -193,7 +193,7 @@ def test_a_training_step_of_any_shape_takes_what_is_predicted(base, double, sing
     transformer = type(base.transformer).from_config(config)
     work = Work(512, 512, tokens, tokens, batch, 1, 1, 4, True, WORK["person"].targets)
     measured, predicted, gradients = the_step(model, transformer, work, "cpu", torch.float32, False)
-    assert 0.9 * predicted < measured < 1.1 * predicted + gradients
+    assert 0.85 * predicted < measured < 1.1 * predicted + gradients
 
 
 def test_encoding_texts_with_qwen_takes_what_is_predicted():
