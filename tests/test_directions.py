@@ -85,6 +85,29 @@ def test_directions_that_are_found_are_not_looked_for_again(base, people, tmp_pa
     assert len(reports) == 3 and not again and resumed.sha256 == whole.sha256
 
 
+def test_balanced_rows_are_the_same_directions_along_which_inputs_are_of_one_size(base, people):
+    config = MetaConfig(direction_people=3, batch_size=4)
+    find = lambda config: run(leading_directions(base, range(3), people.select, base.settings.adapter, config, Clock(3), Share()))[1]  # noqa: E731
+    plain, balanced = find(config), find(replace(config, balanced=True))
+    sizes: dict[str, list[torch.Tensor]] = {}
+
+    def see(name, rows):
+        return lambda layer, given: sizes.setdefault(name, []).append(given[0].flatten(0, -2) @ rows.T)
+
+    layers = find_targets(base.transformer, base.settings.adapter.targets)
+    hooks = [layer.register_forward_pre_hook(see(name, balanced[name])) for name, layer in layers.items()]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _ in range(16):
+            flow_loss(base, people, torch.randint(len(people), (8,), generator=generator), generator, config.flow)
+    for hook in hooks:
+        hook.remove()
+    for name, rows in plain.items():
+        torch.testing.assert_close(torch.nn.functional.normalize(balanced[name], dim=1), rows, rtol=1e-4, atol=1e-5)
+        spread = [torch.log(size).std() for size in (torch.cat(sizes[name]).square().mean(0).sqrt(), 1 / balanced[name].norm(dim=1))]
+        assert spread[0] < 0.35 * spread[1] or spread[0] < 0.1  # what is left is of other draws
+
+
 PROCESS = """
 import sys, torch
 from metalora.base import Base
