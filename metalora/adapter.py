@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .config import AdapterConfig
 from .errors import MetaLoraError
+from .packed import Packed, PackedLinear
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer name → Mid (r, r_m), Up (d_out, r)
 
@@ -90,14 +91,14 @@ class _Sum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, a: Tensor, up: Tensor, mid: Tensor | None, down: Tensor | None) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, a: Tensor, up: Tensor, mid: Tensor | None, down: Tensor | None, packed: Packed | None) -> Tensor:  # fmt: skip
         low, right = x.reshape(len(up), -1, x.shape[-1]), a
         if down is not None:
             low, right = F.linear(low, down), mid  # (n, tokens, r_m)
         inner = torch.bmm(low, right.transpose(1, 2))  # (n, tokens, r)
         ctx.save_for_backward(low, weight, a, up, inner)
-        ctx.of_mid = down is not None
-        whole = F.linear(x, weight, bias) if y is None else y
+        ctx.of_mid, ctx.packed = down is not None, packed
+        whole = y if y is not None else F.linear(x, weight, bias) if packed is None else packed.product(x, bias)
         parts = whole.reshape(len(up), -1, whole.shape[-1])
         add = parts.baddbmm_ if y is None else parts.baddbmm
         return add(inner, up.transpose(1, 2)).view(whole.shape)
@@ -111,9 +112,10 @@ class _Sum(torch.autograd.Function):
         d_a, d_mid = (None, d_right) if ctx.of_mid else (d_right, None)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = torch.bmm(d_inner, a) if weight is None else (parts @ weight).baddbmm_(d_inner, a)
+            of_weight = None if weight is None else parts @ weight if ctx.packed is None else ctx.packed.gradient(parts)
+            d_x = torch.bmm(d_inner, a) if of_weight is None else of_weight.baddbmm_(d_inner, a)
             d_x = d_x.view(*grad.shape[:-1], a.shape[-1])
-        return d_x, grad if ctx.needs_input_grad[1] else None, None, None, d_a, d_up, d_mid, None
+        return d_x, grad if ctx.needs_input_grad[1] else None, None, None, d_a, d_up, d_mid, None, None
 
 
 class Ready(NamedTuple):
@@ -151,8 +153,9 @@ class ThreeFactorLinear(nn.Module):
         if ready is None:
             mid, up, down = (factor.to(x.dtype) for factor in (self.scale * self.route.of(self.mid), self.route.of(self.up), self.down))
             ready = Ready(mid @ down, up) if self.keeps_input else Ready(mid.detach() @ down, up, mid, down)
-        y, weight, bias = (None, self.base.weight, self.base.bias) if type(self.base) is nn.Linear else (self.base(x), None, None)
-        return _Sum.apply(x, y, weight, bias, *ready)
+        packed = Packed.of(self.base) if type(self.base) is PackedLinear else None
+        y, weight, bias = (None, self.base.weight, self.base.bias) if packed or type(self.base) is nn.Linear else (self.base(x), None, None)
+        return _Sum.apply(x, y, weight, bias, *ready, packed)
 
 
 class Adapter:

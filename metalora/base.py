@@ -8,7 +8,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from .family import Family, Latents, Text
 from .fold import Fold
 from .frozen import freeze
 from .graph import Playing
+from .packed import packed_products
 from .plan import Choice, Learning, Model, Plan, Precision, Work, card, choose, describe, numbered, system_memory
 from .quantise import configs_for
 
@@ -178,9 +179,15 @@ class Base:
         """Whether any of the transformer's blocks is, as inside `compiled`."""
         return any(module._compiled_call_impl is not None for module in self.transformer.modules())
 
-    def hastened(self) -> AbstractContextManager:
-        """The transformer's steps take fewer operations meanwhile, with the same result to rounding; see rotary.py. What a GPU has compiled is left as it is."""
-        return nullcontext() if self.is_compiled and self.device.type != "cpu" else self.family.hastened(self.transformer)
+    @contextmanager
+    def hastened(self) -> Iterator[None]:
+        """The transformer's steps take less meanwhile, with the same result to rounding; see rotary.py and packed.py. What is compiled is left to the compiler."""
+        with ExitStack() as stack:
+            if self.device.type == "cpu" and not self.is_compiled:
+                stack.enter_context(packed_products(self.transformer))
+            if self.device.type == "cpu" or not self.is_compiled:
+                stack.enter_context(self.family.hastened(self.transformer))
+            yield
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], length: int | None = None) -> Text:

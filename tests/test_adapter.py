@@ -70,7 +70,7 @@ def test_gradients_are_those_that_autograd_finds(quantised, keep_input, people, 
     low = x.reshape(people, -1, 5) @ down.T @ mid.transpose(1, 2) @ up.transpose(1, 2)
     wanted = base(x) + scale * low.view(6, 2, 7)
     ready = (scale * mid @ down, up, None, None) if keep_input else (scale * mid.detach() @ down, up, scale * mid, down)
-    got = _Sum.apply(x, base(x) if quantised else None, *((None, None) if quantised else (base.weight, base.bias)), *ready)
+    got = _Sum.apply(x, base(x) if quantised else None, *((None, None) if quantised else (base.weight, base.bias)), *ready, None)
     torch.testing.assert_close(got, wanted)
     learn = [t for t in given if t.requires_grad]
     for one, other in zip(*(torch.autograd.grad(y.square().sum(), learn) for y in (got, wanted))):

@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "metalora"
 FLOORS = [
     {"errors"},
     {"config", "licence"},
-    {"flow", "graph", "frozen", "rotary", "family", "adapter", "fold", "files", "photo", "face", "clip"},
+    {"flow", "graph", "frozen", "packed", "rotary", "family", "fold", "files", "photo", "face", "clip"},
+    {"adapter"},
     {"predict", "flat"},
     {"flux", "flux2", "data", "metadown", "prompts", "degrade", "processes", "dino"},
     {"families"},
