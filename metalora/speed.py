@@ -133,6 +133,7 @@ def measure(base: Base, case: Case, way: str, warmup: int, steps: int) -> tuple[
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated(base.device)
     with train(base, data, case, **how) as losses:  # not compiled: what runs under a counter once is never compiled again
+        next(losses)  # what the first step makes for all is not of a step
         with FlopCounterMode(display=False, custom_mapping=OF_PACKED) as counter, Launches() as launches, _kept() as kept:
             next(losses)
         losses.close()
