@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 
+MOST = 2**30  # bytes of weights, of which there are two copies more then
+
+
 class Packed(NamedTuple):
     """A weight (d_out, d_in) in oneDNN's order, there and back."""
 
@@ -66,9 +69,10 @@ class _Product(torch.autograd.Function):
 
 @contextmanager
 def packed_products(network: nn.Module) -> Iterator[None]:
-    """The linear layers of a network on a CPU in float32 multiply so meanwhile; no gradient reaches their weights. Where oneDNN is not to be had they stay as they are."""
-    there = torch.backends.mkldnn.is_available()
-    layers = [m for m in network.modules() if there and type(m) is nn.Linear and m.weight.device.type == "cpu" and m.weight.dtype == torch.float32]
+    """The linear layers of a network on a CPU in float32 multiply so meanwhile; no gradient reaches their weights. Where oneDNN is not to be had, or they are large, they stay as they are."""
+    layers = [m for m in network.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu" and m.weight.dtype == torch.float32]
+    if not torch.backends.mkldnn.is_available() or sum(layer.weight.nbytes for layer in layers) > MOST:
+        layers = []
     for layer in layers:
         layer.__class__ = PackedLinear
     try:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from metalora import packed
 from metalora.adapter import attach
 from metalora.packed import Packed, PackedLinear, packed_products
 
@@ -56,6 +57,16 @@ def test_an_adapter_learns_the_same(base, photo, meta_down):
     assert [type(m) for m in base.transformer.modules()] == kinds
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_large_is_not_copied(monkeypatch):
+    layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    monkeypatch.setattr(packed, "MOST", 2 * 4 * 16 - 1)
+    with packed_products(layers):
+        assert [type(layer) for layer in layers] == [nn.Linear] * 2
+    monkeypatch.setattr(packed, "MOST", 2 * 4 * 16)
+    with packed_products(layers):
+        assert [type(layer) for layer in layers] == [PackedLinear] * 2
 
 
 def test_only_float32_on_a_cpu_is_packed():
