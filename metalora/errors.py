@@ -1,8 +1,10 @@
 """The two exceptions that the package raises on purpose, what makes one of a machine that cannot compile, and where work without steps may be stopped."""
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what an OSError of a full disk says
 Pause = Callable[[], object]  # called now and then in longer work that has no steps; raise Cancelled in it to stop
 
 

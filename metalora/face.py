@@ -6,7 +6,6 @@ Where the subject is no face, another finder stands in for that of faces; see su
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .config import BaseSettings
-from .errors import MetaLoraError, naming
+from .errors import FULL, MetaLoraError, naming
 
 THREADS = 2  # of ONNX Runtime; its default takes every core and spins
 THRESHOLD = 0.5  # least score of a face
@@ -201,7 +200,7 @@ def _analysis(pack: str):
             raise MetaLoraError(f"The face pack {pack} is damaged; get it afresh.") from error
         raise MetaLoraError(f"The face pack {pack} is not on this machine and could not be fetched; go online once, or name a folder in metalora.json.") from error
     except Exception as error:  # noqa: BLE001  an AssertionError for an empty folder, ONNX Runtime's own kinds for damaged files
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if getattr(error, "errno", None) in FULL:
             raise MetaLoraError(f"The disk is full, so the face pack {pack} could not be fetched; free some space, remove {INSIGHTFACE / pack}, and start again.") from error
         again = "get it afresh" if Path(pack).is_dir() else f"remove {INSIGHTFACE / pack} and start again, and it is fetched afresh"
         raise MetaLoraError(f"The face pack {pack} is incomplete or damaged; {again}.") from error

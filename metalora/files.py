@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import MetaLoraError
+from .errors import FULL, MetaLoraError
 
 if TYPE_CHECKING:
     from torch import Tensor  # which is slow to load, and not needed to look for files
@@ -42,13 +41,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
 def free(path: Path) -> Path:
     """The path; where something is there already, the same with the first number behind it that is free."""
-    taken = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-    return path if not path.exists() else next(other for other in taken if not other.exists())
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([path], numbered) if not each.exists())
 
 
 def disk_sentence(error: OSError, path: Path) -> str:

@@ -1,7 +1,7 @@
 """The factors of all layers as one: a training step does with all of them together what would else be a few small operations for each.
 
 There are hundreds of layers. Casting Mid and Up, Mid · Down, the same on the way back and the optimiser's step are thousands of operations then,
-so small that launching them takes longer than they do, on a CPU as on a GPU.
+so small that a GPU takes longer to launch them than to do them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def end_to_end(parameters: Sequence[nn.Parameter]) -> Whole:
 class AtOnce:
     """Makes every layer's factors ready for a step.
 
-    The gradient goes to `wholes`, of which what learns is part; the rest of the factors is held. It is for one training: what is held does not change.
+    The gradient goes to `wholes`, of which what learns is part; the rest of the factors is held. It is for one training: a Down that is held does not change.
     """
 
     def __init__(self, adapter: Adapter, wholes: Sequence[Whole], dtype: torch.dtype):

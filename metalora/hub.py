@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from .config import SETTINGS_FILE
-from .errors import MetaLoraError
-from .files import CARD, CONFIG, FULL, PREDICTOR, START, TENSORS, is_complete
+from .errors import FULL, MetaLoraError
+from .files import CARD, CONFIG, PREDICTOR, START, TENSORS, is_complete
 from .licence import is_hub_id
 
 CATALOG = Path(__file__).with_name("catalog.json")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metalora.adapter import random_downs
+from metalora.adapter import attach, random_downs
 from metalora.base import Base
 from metalora.cache import encode
 from metalora.config import AdaptConfig, AdapterConfig
@@ -118,3 +118,14 @@ def in_processes(count: int, folder: Path, code: str, *arguments: str) -> list[l
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [path.read_text().split() for path in sorted(folder.glob("log/**/stdout.log"))]
+
+
+def learnt(base, photo, meta_down):
+    """The output, and the gradient of every factor, of three pictures."""
+    with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter:
+        for p in adapter.heads():
+            p.data = 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        text = photo.text.rows(photo.caption[:3])
+        y = base.velocity(photo.mean[:3], torch.tensor([0.2, 0.5, 0.9]), text, photo.image_ids, 1.0)
+        y.square().mean().backward()
+        return [y.detach(), *(p.grad for p in adapter.heads())]

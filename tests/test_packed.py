@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from metalora import packed
-from metalora.adapter import attach
 from metalora.packed import Packed, PackedLinear, packed_products
+
+from .conftest import learnt
 
 pytestmark = [pytest.mark.one_family, pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")]
 
@@ -42,17 +43,9 @@ def test_weights_that_change_are_packed_anew():
 
 
 def test_an_adapter_learns_the_same(base, photo, meta_down):
-    def learnt():
-        with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter:
-            for p in adapter.heads():
-                p.data = 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-            y = base.velocity(photo.mean[:3], torch.tensor([0.2, 0.5, 0.9]), photo.text.rows(photo.caption[:3]), photo.image_ids, 1.0)
-            y.square().mean().backward()
-            return [y.detach(), *(p.grad for p in adapter.heads())]
-
-    wanted, kinds = learnt(), [type(m) for m in base.transformer.modules()]
+    wanted, kinds = learnt(base, photo, meta_down), [type(m) for m in base.transformer.modules()]
     with base.hastened():
-        got = learnt()
+        got = learnt(base, photo, meta_down)
         assert sum(type(m) is PackedLinear for m in base.transformer.modules()) == kinds.count(nn.Linear)
     assert [type(m) for m in base.transformer.modules()] == kinds
     for one, other in zip(got, wanted, strict=True):

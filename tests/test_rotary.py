@@ -10,9 +10,9 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metalora.adapter import attach
 from metalora.rotary import TurnedNorm, _Turned, turned_norms
 
+from .conftest import learnt
 
 pytestmark = pytest.mark.one_family  # it is of FLUX.1
 
@@ -29,17 +29,6 @@ def uneven(base):
     with torch.no_grad():
         for norm, weight in zip(norms, before):
             norm.weight.copy_(weight)
-
-
-def learnt(base, photo, meta_down):
-    """The output, and the gradient of every factor, of three pictures."""
-    with attach(base.transformer, meta_down.tensors, meta_down.adapter) as adapter:
-        for p in adapter.heads():
-            p.data = 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-        text = photo.text.rows(photo.caption[:3])
-        y = base.velocity(photo.mean[:3], torch.tensor([0.2, 0.5, 0.9]), text, photo.image_ids, 1.0)
-        y.square().mean().backward()
-        return [y.detach(), *(p.grad for p in adapter.heads())]
 
 
 def test_in_16_bits_the_result_alone_is_rounded():

@@ -273,8 +273,8 @@ def _check_same(shard: Path, wanted: list[tuple[int, int]], size: int) -> None:
     """MetaLoraError where the shard of an earlier run is of other people, scenes or sizes than are wanted now."""
     records = [json.loads(line) for line in shard.with_suffix(".jsonl").read_text().splitlines()]
     with safe_open(shard, "pt") as file:
-        same = file.get_slice("images").get_shape()[-1] == size
-    if not same or [record["person"] for record in records] != [p for p, _ in wanted] or [record["scene"] for record in records] != [scene(person(p), s).seed for p, s in wanted]:
+        side = file.get_slice("images").get_shape()[-1]
+    if side != size or [(record["person"], record["scene"]) for record in records] != [(p, scene(person(p), s).seed) for p, s in wanted]:
         raise MetaLoraError(f"{shard} holds other people, scenes or sizes than are to be rendered; choose another folder, or remove it.")
 
 
