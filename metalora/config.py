@@ -123,7 +123,7 @@ class MetaConfig:
     flow: FlowConfig = field(default_factory=FlowConfig)
     seed: int = 0
     direction_people: int = 0  # at the leading directions of whose gradients Down begins (see directions.py); 0: at random
-    balanced: bool = False  # these are scaled until inputs are as large along each; else they have unit length, and inputs are largest along the first
+    balanced: bool = True  # these are scaled until inputs are as large along each; else they have unit length, and inputs are largest along the first
     start_rate: float = 0.0  # how far the start goes towards the mean of each bucket's heads; 0: none is learnt
     predict_rank: int = 0  # directions of the start that faces tell; 0: no predictor is fitted
     predict_steps: int = 200  # that every bucket of people learns, with Down held, for the predictor to be fitted on

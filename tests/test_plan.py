@@ -182,7 +182,7 @@ def test_a_training_step_of_full_size_takes_what_is_predicted(known, monkeypatch
     getattr(transformer, f"{'en' if checkpointing else 'dis'}able_gradient_checkpointing")()
     work = replace(WORK["person"], learns_down=learns_down, batch=4 if learns_down else 1)  # as stage 1 and stage 2 have it
     measured, predicted, gradients = the_step(full, transformer, work, "meta", torch.bfloat16, checkpointing)
-    assert 0.85 * predicted < measured < 1.03 * predicted + gradients  # rather too much than too little
+    assert (0.85 if checkpointing else 0.98) * predicted < measured < 1.03 * predicted + gradients  # rather too much than too little
 
 
 @pytest.mark.parametrize("double,single,tokens,batch", [(1, 1, 64, 1), (3, 1, 32, 2), (1, 3, 128, 1)])
