@@ -41,7 +41,7 @@ GUIDANCE = 3.5  # that a base which has learnt guidance is used with
 LEARNING: dict[str, Any] = {"batch_size": 4, "background": 0.1, "prior_pictures": 8, "asked_draws": 48, "reworded": 0.5, "ema": 0.96, "flow": {"logit_mean": 0.5}}
 SETTINGS: dict[str, Any] = {
     # The steps are not: they were read off the curve of the held-out people that the README shows, as what keeps of a prompt what it names.
-    "adapt": {"steps": 100, "learning_rate": 8e-3, **LEARNING},
+    "adapt": {"steps": 125, "learning_rate": 8e-3, **LEARNING},
     "plain": {"steps": 375, "learning_rate": 1e-2, **LEARNING},
     # Directions alone: rounds after them, with what follows here, gain nothing for people of such a rank.
     "meta": {"direction_people": 1000, "batch_size": 32, "background": 0.1, "flow": {"logit_mean": 0.5},

@@ -57,13 +57,13 @@ class Table(NamedTuple):
     beside: str = ""
 
 
-OURS = ("meta-lora@50", "meta-lora@80", "meta-lora", "meta-lora@125", "meta-lora@208")
+OURS = ("meta-lora@50", "meta-lora@80", "meta-lora@100", "meta-lora", "meta-lora@208")
 TABLES = {
     "people": Table("people", ("base", *OURS[:4]), sheet=("base", "meta-lora")),
     "rank-1": Table("people", (*OURS, f"{SMALL}@125", f"{SMALL}@208", *(f"lora-r1@{steps}" for steps in (125, 208, 375, 625))), ("--limit", "24"), curves=True),
-    "words": Table("others", tuple(f"meta-lora{told}@80" for told in ("", ":reworded=0", ":asked_draws=0", ":reworded=0,asked_draws=0")), ("--limit", "12")),
+    "words": Table("others", tuple(f"meta-lora{told}" for told in ("", ":reworded=0", ":asked_draws=0", ":reworded=0,asked_draws=0")), ("--limit", "12")),
     "rank-16": Table("people", (*OURS[1:4], "meta-lora:rank=16@100", "meta-lora:rank=16@125", *(f"{LARGE}@{steps}" for steps in (125, 208, 375))), ("--limit", "24")),
-    "random": Table("people", ("meta-lora", "meta-lora@125"), ("--limit", "24"), random=True, beside="people"),
+    "random": Table("people", ("meta-lora@100", "meta-lora"), ("--limit", "24"), random=True, beside="people"),
     "bad": Table("people", ("meta-lora",), ("--limit", "8", *BAD)),
     **{photo: Table(photo, ("meta-lora",), ("--limit", "8")) for photo in ("side", "glasses", "hat")},
     "mugs": Table("mugs", ("base", "meta-lora@40", "meta-lora@80", "meta-lora@125", "meta-lora:start_mid=0,start_up=0@125", "lora-r1@375", f"{LARGE}@125", f"{LARGE}@375"),
