@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ UNSEEN = "1000100:1000200"
 DATASETS = {"people": ("--people", UNSEEN), "others": ("--people", "1002000:1002024"), "mugs": ("--mugs", UNSEEN)} | {
     photo: ("--people", UNSEEN, "--photo", photo) for photo in ("side", "glasses", "hat")}
 RANDOM = '{"direction_people": 0, "rounds": 1, "bucket_size": 2, "bucket_steps": 1, "warmup_steps": 1}'  # of the one round the one step leaves Down be
-SMALL = "meta-lora:rank=2,meta_rank=8,learning_rate=4e-2"  # 64 numbers fewer than a LoRA of rank 1 has
+SMALL = "meta-lora:rank=2,meta_rank=8,learning_rate=2.5e-2"  # 64 numbers fewer than a LoRA of rank 1 has
 LARGE = "lora-r16:learning_rate=5e-3"
 NOTHING = "–"  # in a table, where a method has no such figure
 FEW = "0:54"  # as many as stage 1 asks for, though a random Down learns nothing of them
@@ -45,7 +46,7 @@ class Table(NamedTuple):
         sheet: methods of which a contact sheet is kept.
         curves: whether each score over the steps is kept.
         random: whether *Down* is random, as it is before stage 1.
-        beside: another table with the same people, with whose methods of the same names these are compared person by person.
+        beside: another table with the same people, with whose methods these are compared person by person where they are the same but for the rate.
     """
 
     dataset: str
@@ -63,7 +64,7 @@ TABLES = {
     "rank-1": Table("people", (*OURS, f"{SMALL}@125", f"{SMALL}@208", *(f"lora-r1@{steps}" for steps in (125, 208, 375, 625))), ("--limit", "24"), curves=True),
     "words": Table("others", tuple(f"meta-lora{told}" for told in ("", ":reworded=0", ":asked_draws=0", ":reworded=0,asked_draws=0")), ("--limit", "12")),
     "rank-16": Table("people", (*OURS[1:4], "meta-lora:rank=16@100", "meta-lora:rank=16@125", *(f"{LARGE}@{steps}" for steps in (125, 208, 375))), ("--limit", "24")),
-    "random": Table("people", ("meta-lora@100", "meta-lora"), ("--limit", "24"), random=True, beside="people"),
+    "random": Table("people", ("meta-lora:learning_rate=1.2e-2@100", "meta-lora:learning_rate=1.2e-2"), ("--limit", "24"), random=True, beside="rank-1"),
     "bad": Table("people", ("meta-lora",), ("--limit", "8", *BAD)),
     **{photo: Table(photo, ("meta-lora",), ("--limit", "8")) for photo in ("side", "glasses", "hat")},
     "mugs": Table("mugs", ("base", "meta-lora@40", "meta-lora@80", "meta-lora@125", "meta-lora:start_mid=0,start_up=0@125", "lora-r1@375", f"{LARGE}@125", f"{LARGE}@375"),
@@ -88,7 +89,7 @@ def measure(name: str, table: Table, work: Path, output: Path, judge: tuple[Clas
         for method, found in check_evaluation(*judge, evaluation).items():
             measured["methods"][method]["found"] = found
     if table.beside:
-        measured[f"paired with {table.beside}"] = _compared(name, evaluation, table.beside, work / table.beside)
+        measured[f"paired with {table.beside}"] = list(_compared(name, table, work))
     output.mkdir(parents=True, exist_ok=True)
     if table.sheet:
         shown = {method: read_rows(evaluation / folder_of(method)) for method in (*table.sheet, TRUE_PHOTOS)}
@@ -110,14 +111,17 @@ def random_downs(work: Path) -> Path:
     return folder
 
 
-def _compared(name: str, evaluation: Path, other: str, beside: Path) -> list[dict[str, Any]]:
-    """The methods of `evaluation` less those of the same names in `beside`."""
-    pairs = []
-    for path in sorted(evaluation.glob(f"*/{SETTINGS}")):
-        rows, others = (read_rows(folder / path.parent.name) for folder in (evaluation, beside))
-        if path.parent.name != TRUE_PHOTOS and others:
-            pairs += differences({f"{path.parent.name}, {name}": rows, f"{path.parent.name}, {other}": others})
-    return pairs
+def _compared(name: str, table: Table, work: Path) -> Iterator[dict[str, Any]]:
+    """This table's methods less those beside it that are the same but for the rate, which is found for each."""
+    for pair in product(table.methods, TABLES[table.beside].methods):
+        if len({but_the_rate(method) for method in pair}) == 1:
+            yield from differences({f"{method}, {of}": read_rows(work / of / folder_of(method)) for method, of in zip(pair, (name, table.beside))})
+
+
+def but_the_rate(method: str) -> str:
+    """A method's name without its rate of learning."""
+    named = Method.parse(method)
+    return str((named.kind, named.rank, named.steps, {key: value for key, value in named.settings.items() if key != "learning_rate"}))
 
 
 def rows(measured: dict[str, Any]) -> Iterator[str]:
