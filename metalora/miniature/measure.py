@@ -64,7 +64,7 @@ TABLES = {
     "rank-1": Table("people", (*OURS, f"{SMALL}@125", f"{SMALL}@208", *(f"lora-r1@{steps}" for steps in (125, 208, 375, 625))), ("--limit", "24"), curves=True),
     "words": Table("others", tuple(f"meta-lora{told}" for told in ("", ":reworded=0", ":asked_draws=0", ":reworded=0,asked_draws=0")), ("--limit", "12")),
     "rank-16": Table("people", (*OURS[1:4], "meta-lora:rank=16@100", "meta-lora:rank=16@125", *(f"{LARGE}@{steps}" for steps in (125, 208, 375))), ("--limit", "24")),
-    "random": Table("people", ("meta-lora:learning_rate=1.2e-2@100", "meta-lora:learning_rate=1.2e-2"), ("--limit", "24"), random=True, beside="rank-1"),
+    "random": Table("people", ("meta-lora:learning_rate=1.2e-2@100", "meta-lora:learning_rate=1.2e-2", f"{SMALL}@125", f"{SMALL}@208"), ("--limit", "24"), random=True, beside="rank-1"),
     "bad": Table("people", ("meta-lora",), ("--limit", "8", *BAD)),
     **{photo: Table(photo, ("meta-lora",), ("--limit", "8")) for photo in ("side", "glasses", "hat")},
     "mugs": Table("mugs", ("base", "meta-lora@40", "meta-lora@80", "meta-lora@125", "meta-lora:start_mid=0,start_up=0@125", "lora-r1@375", f"{LARGE}@125", f"{LARGE}@375"),
