@@ -150,7 +150,7 @@ def contact_sheet(output: Path, found: dict[str, Rows], gallery: int) -> Image.I
     lines = max(1, len(methods))
     sheet = Image.new("RGB", (max(width, 620), top + len(shown) * (lines * row + BAND) + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
-    legend = f"number: R-FaceSim to the other true pictures · green: the nearest of {gallery} people is the right one · grey: it is not"
+    legend = f"number: likeness to the other true pictures · green: of {gallery} the right one is the nearest · grey: it is not"
     draw.text((GAP, GAP), legend, INK, title if draw.textlength(legend, title) < sheet.width else small)
     for x, words in [(LABEL, ["photo"]), (at_others, ["other true pictures"]), *((at_prompts + i * step, head) for i, head in enumerate(heads))]:
         for i, line in enumerate(words):
