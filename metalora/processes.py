@@ -7,6 +7,7 @@ that were started by hand share just as well, also from several machines that se
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -47,9 +48,12 @@ class Process(NamedTuple):
     def join(self, cpu: bool) -> Process:
         """Connect with the others, so that tensors can be summed over all. Sharing jobs does not need it."""
         if self.world > 1:
+            import torch.distributed as dist
             from accelerate import PartialState
 
-            PartialState(cpu=cpu)
+            state = PartialState(cpu=cpu)
+            if dist.get_backend() == "gloo":  # one of its threads may be at work while Python ends, which aborts the process
+                atexit.register(state.destroy_process_group)
         return self
 
     def agree(self, value: int, fault: str) -> None:
