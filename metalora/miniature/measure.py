@@ -119,9 +119,8 @@ def _compared(name: str, table: Table, work: Path) -> Iterator[dict[str, Any]]:
 
 
 def but_the_rate(method: str) -> str:
-    """A method's name without its rate of learning."""
-    named = Method.parse(method)
-    return str((named.kind, named.rank, named.steps, {key: value for key, value in named.settings.items() if key != "learning_rate"}))
+    """A method in words, which leave out its rate of learning."""
+    return words(method, Method.parse(method).steps)
 
 
 def rows(measured: dict[str, Any]) -> Iterator[str]:
